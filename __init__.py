@@ -1,0 +1,1 @@
+"""Light Forcing: autoregressive Wan video with sparse attention."""

@@ -1,0 +1,1 @@
+"""The method and the runtime; knows neither ComfyUI nor Triton."""

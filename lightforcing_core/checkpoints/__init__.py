@@ -1,0 +1,1 @@
+"""Reading model files safely and turning every known layout into Wan names."""

@@ -1,0 +1,1 @@
+"""Streaming video autoencoders with explicit state."""
