@@ -1,0 +1,231 @@
+"""One Wan forward for every host.
+
+`wan_forward` takes a module tree with Wan's names and calls its modules, so weights, LoRA,
+offload and casts stay the host's. Self-attention is handed to the caller's `attend`: that is
+the one seam where the key/value cache, sparsity and training masks come in.
+
+Reference: Wan 2.1 `WanModel.forward` and Self Forcing `CausalWanModel` (modulation per latent
+frame). Deviations: the text is projected once per prompt (`prepare_text`) and not in every
+forward; the order of float32 roundings differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UserError
+from .rope import apply_rope, rope_angles
+
+
+class SelfAttend(Protocol):
+    """Self-attention of one layer; may keep the keys and values it is given.
+
+    Args: layer index, then q, k, v, each [B, S, H, D] with q and k already rotated.
+    Returns: [B, S, H, D].
+    """
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Cross-attention keys and values of one prompt, one [B, text_len, H, D] pair per layer."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """Rotary cosines and sines of some latent frames, each float32 [tokens, D / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v without a mask; q [B, Sq, H, D], k and v [B, Sk, H, D]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def _parameter(parameter: Tensor, like: Tensor) -> Tensor:
+    # Bare parameters may live elsewhere under a host that offloads; modules cast themselves.
+    return parameter.to(device=like.device, dtype=like.dtype)
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def prepare_text(tree: nn.Module, embeds: Tensor) -> TextContext:
+    """Project a prompt once: text MLP, then each layer's cross-attention keys and values.
+
+    Args:
+        tree: Wan-shaped module tree.
+        embeds: [B, L, text_dim] with L <= text_len, in the tree's compute dtype and device.
+            Missing rows are zeros; every row is attended, as in Wan.
+
+    Raises:
+        UserError: more rows than text_len, or another width than the model takes.
+    """
+    text_dim = tree.text_embedding[0].weight.shape[1]
+    if embeds.ndim != 3 or embeds.shape[2] != text_dim or embeds.shape[1] > tree.text_len:
+        raise UserError(
+            f"prompt embeddings must be [batch, at most {tree.text_len}, {text_dim}] for this "
+            f"model, got {list(embeds.shape)}; use the text encoder that belongs to the model"
+        )
+    context = tree.text_embedding(F.pad(embeds, (0, 0, 0, tree.text_len - embeds.shape[1])))
+    keys, values = [], []
+    for block in tree.blocks:
+        attention = block.cross_attn
+        keys.append(_heads(attention.norm_k(attention.k(context)), tree.num_heads))
+        values.append(_heads(attention.v(context), tree.num_heads))
+    return TextContext(tuple(keys), tuple(values))
+
+
+def timestep_embedding(timesteps: Tensor, freq_dim: int) -> Tensor:
+    """Sinusoid of the timesteps: cosines, then sines; float64 inside.
+
+    Args: timesteps float [N], 0..1000. Returns: float64 [N, freq_dim].
+    """
+    half = freq_dim // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=timesteps.device) / half
+    angles = torch.outer(timesteps.double(), 10000.0**-exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def position_table(
+    tree: nn.Module, frame_indices: Sequence[int], height: int, width: int, device: torch.device
+) -> PositionTable:
+    """Rotary table for latent frames of the given latent size (height and width in latents)."""
+    head_dim = tree.patch_embedding.weight.shape[0] // tree.num_heads
+    rows, columns = height // tree.patch_size[1], width // tree.patch_size[2]
+    return PositionTable(*rope_angles(frame_indices, rows, columns, head_dim, device))
+
+
+def _check_latents(tree: nn.Module, x: Tensor, timesteps: Tensor, frames: int) -> None:
+    _, patch_h, patch_w = tree.patch_size
+    if x.ndim != 5 or x.shape[1] != tree.patch_embedding.weight.shape[1]:
+        channels = tree.patch_embedding.weight.shape[1]
+        raise UserError(
+            f"latents must be [batch, {channels}, frames, height, width], got {list(x.shape)}"
+        )
+    if x.shape[3] % patch_h or x.shape[4] % patch_w:
+        raise UserError(
+            f"latent size {x.shape[4]}x{x.shape[3]} does not divide by the patch "
+            f"{patch_w}x{patch_h}; choose a width and height in pixels divisible by 16"
+        )
+    if timesteps.shape != (x.shape[0], x.shape[2]) or frames != x.shape[2]:
+        raise UserError(
+            f"need one timestep per batch entry and frame, [{x.shape[0]}, {x.shape[2]}], and as "
+            f"many frame indices; got {list(timesteps.shape)} and {frames}"
+        )
+
+
+def wan_forward(
+    tree: nn.Module,
+    x: Tensor,
+    timesteps: Tensor,
+    frame_indices: Sequence[int],
+    text: TextContext,
+    attend: SelfAttend,
+    positions: PositionTable | None = None,
+) -> Tensor:
+    """Velocity of some latent frames.
+
+    Args:
+        tree: Wan-shaped module tree (`modules.WanModel`, or a host's).
+        x: noisy latents [B, C, F, h, w], normalised; h and w divisible by the patch.
+        timesteps: [B, F], 0..1000, one per latent frame.
+        frame_indices: F absolute latent frame indices (rotary positions).
+        text: from `prepare_text`.
+        attend: self-attention of every layer.
+        positions: from `position_table` for the same indices and size, to reuse it.
+
+    Returns:
+        Velocity eps - x0, [B, C_out, F, h, w], dtype of x.
+
+    Raises:
+        UserError: shapes that do not fit the model.
+    """
+    _check_latents(tree, x, timesteps, len(frame_indices))
+    batch, _, frames, height, width = x.shape
+    if positions is None:
+        positions = position_table(tree, frame_indices, height, width, x.device)
+    hidden = tree.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, F * T, dim]
+    sinusoid = timestep_embedding(timesteps.flatten(), tree.freq_dim).to(x.dtype)
+    embedded = tree.time_embedding(sinusoid)  # [B * F, dim]
+    modulation = tree.time_projection(embedded).view(batch, frames, 6, -1)
+    embedded = embedded.view(batch, frames, 1, -1)
+
+    for layer, block in enumerate(tree.blocks):
+        hidden = _block(
+            block, layer, hidden, modulation, tree.num_heads, positions, text, attend
+        )
+
+    shift, scale = (_parameter(tree.head.modulation, embedded) + embedded).unbind(2)
+    out = tree.head.head(_modulate(tree.head.norm(hidden), shift, scale))
+    return _unpatchify(out, frames, height, width, tree.patch_size)
+
+
+def _block(
+    block: nn.Module,
+    layer: int,
+    hidden: Tensor,
+    modulation: Tensor,
+    num_heads: int,
+    positions: PositionTable,
+    text: TextContext,
+    attend: SelfAttend,
+) -> Tensor:
+    """One transformer block; hidden [B, F * T, dim], modulation [B, F, 6, dim]."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = (
+        _parameter(block.modulation, modulation) + modulation
+    ).unbind(2)
+    attention = block.self_attn
+    normed = _modulate(block.norm1(hidden), shift1, scale1)
+    q = _heads(attention.norm_q(attention.q(normed)), num_heads)
+    k = _heads(attention.norm_k(attention.k(normed)), num_heads)
+    v = _heads(attention.v(normed), num_heads)
+    q = apply_rope(q, positions.cos, positions.sin)
+    k = apply_rope(k, positions.cos, positions.sin)
+    hidden = _gate(hidden, attention.o(attend(layer, q, k, v).flatten(2)), gate1)
+
+    attention = block.cross_attn
+    q = _heads(attention.norm_q(attention.q(block.norm3(hidden))), num_heads)
+    crossed = dense_attention(q, text.keys[layer], text.values[layer])
+    hidden = hidden + attention.o(crossed.flatten(2))
+
+    normed = _modulate(block.norm2(hidden), shift2, scale2)
+    return _gate(hidden, block.ffn(normed), gate2)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, F * T, dim] times (1 + scale) plus shift, each [B, F, dim], frame by frame."""
+    per_frame = x.unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift.unsqueeze(2), per_frame, 1 + scale.unsqueeze(2)).flatten(1, 2)
+
+
+def _gate(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    """residual + x * gate, gate [B, F, dim] applied frame by frame."""
+    frames = gate.shape[1]
+    gated = torch.addcmul(
+        residual.unflatten(1, (frames, -1)), x.unflatten(1, (frames, -1)), gate.unsqueeze(2)
+    )
+    return gated.flatten(1, 2)
+
+
+def _unpatchify(
+    x: Tensor, frames: int, height: int, width: int, patch: tuple[int, int, int]
+) -> Tensor:
+    """[B, F * T, 1 * ph * pw * C] to [B, C, F, h, w]."""
+    _, patch_h, patch_w = patch
+    x = x.view(x.shape[0], frames, height // patch_h, width // patch_w, patch_h, patch_w, -1)
+    return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape[0], -1, frames, height, width)
