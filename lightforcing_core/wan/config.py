@@ -39,7 +39,10 @@ class WanConfig:
                 "give a head count that divides the width"
             )
         if self.head_dim % 2:
-            raise UserError(f"head dimension must be even for rotary positions, got {self.head_dim}")
+            raise UserError(
+                f"head dimension must be even for rotary positions, got {self.head_dim}; "
+                "check the head count"
+            )
         if self.patch_size[0] != 1:
             raise UserError(
                 f"patches must span one latent frame, got {self.patch_size[0]} frames; "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..attention import dense_attention
 from ..errors import UserError
 from .rope import apply_rope, rope_angles
 
@@ -47,12 +48,6 @@ class PositionTable:
 
     cos: Tensor
     sin: Tensor
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v without a mask; q [B, Sq, H, D], k and v [B, Sk, H, D]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
 
 
 def _parameter(parameter: Tensor, like: Tensor) -> Tensor:

@@ -1,0 +1,238 @@
+"""Keys and values of past latent frames, in frame slots at fixed addresses.
+
+A slot holds one latent frame of one layer. Slots are handed out in order until the cache is
+full; then each entering frame takes the slot of the oldest frame that is not a sink. Nothing is
+moved, cloned or read back: which frame lies where is known to the host as plain integers, and
+attention does not care about the order of its keys. Visible slots are always a prefix.
+
+Slots are padded to whole blocks when a block size is given, so that blocks never straddle
+frames, and each block's mean key is kept beside them.
+
+Reference for what is visible when: Self Forcing `CausalWanSelfAttention` (`local_attn_size`,
+`sink_size`), which shifts the whole window in memory instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .memory import GIB, available_bytes
+
+log = logging.getLogger("lightforcing")
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Size of a cache, known before anything is allocated.
+
+    Attributes:
+        capacity_frames: latent frames held at once, the open chunk included.
+        sink_frames: the first frames of the video, which are never dropped.
+        frame_tokens: tokens of one latent frame.
+        block_tokens: tokens of an attention block; 0 means no blocks, no padding and no
+            pooled keys.
+    """
+
+    batch: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    frame_tokens: int
+    capacity_frames: int
+    sink_frames: int = 0
+    block_tokens: int = 0
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if self.capacity_frames < 1:
+            raise UserError(f"the cache must hold at least 1 frame, got {self.capacity_frames}")
+        if not 0 <= self.sink_frames < self.capacity_frames:
+            raise UserError(
+                f"sink frames must be fewer than the {self.capacity_frames} latent frames of the "
+                f"window, got {self.sink_frames}; lower the sink or raise the window"
+            )
+
+    @property
+    def blocks_per_frame(self) -> int:
+        return -(-self.frame_tokens // self.block_tokens) if self.block_tokens else 0
+
+    @property
+    def frame_stride(self) -> int:
+        """Rows of one slot: frame tokens, padded to whole blocks."""
+        return self.blocks_per_frame * self.block_tokens or self.frame_tokens
+
+    @property
+    def key_value_bytes(self) -> int:
+        rows = self.batch * self.num_layers * self.capacity_frames * self.frame_stride
+        return 2 * rows * self.num_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def pooled_bytes(self) -> int:
+        blocks = self.batch * self.num_layers * self.capacity_frames * self.blocks_per_frame
+        return blocks * self.num_heads * self.head_dim * torch.float32.itemsize
+
+    @property
+    def total_bytes(self) -> int:
+        return self.key_value_bytes + self.pooled_bytes
+
+    def check_memory(self, device: torch.device) -> None:
+        """Log the memory a cache of this size takes; raise if the device has less.
+
+        Raises:
+            UserError: with the GiB needed and free, and the settings that reduce it.
+        """
+        free = available_bytes(device)
+        need = (
+            f"the key/value cache of {self.capacity_frames} latent frames "
+            f"({self.num_layers} layers, {self.frame_tokens} tokens a frame, "
+            f"{str(self.dtype).removeprefix('torch.')}) takes {self.total_bytes / GIB:.2f} GiB"
+        )
+        if self.total_bytes > free:
+            raise UserError(
+                f"{need}, but {device} has {free / GIB:.2f} GiB free; use a smaller window, "
+                "fewer frames, a smaller size or a 16-bit data type"
+            )
+        log.info("%s of %.2f GiB free on %s", need, free / GIB, device)
+
+
+class KVCache:
+    """Run state of one video: create it for a run, let it die with the run.
+
+    Use: `enter(frames)`, then any number of forwards that `write` and read `visible`, then
+    `commit()`; the next `enter` makes room.
+    """
+
+    def __init__(self, spec: CacheSpec, device: torch.device | str) -> None:
+        self.spec = spec
+        device = torch.device(device)
+        spec.check_memory(device)
+        shape = (
+            spec.batch,
+            spec.capacity_frames,
+            spec.frame_stride,
+            spec.num_heads,
+            spec.head_dim,
+        )
+
+        def layers(*shape: int, dtype: torch.dtype) -> list[Tensor]:
+            # Zeros, not empty: the padding rows of a slot are read by block kernels.
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+
+        self.keys = layers(*shape, dtype=spec.dtype)
+        self.values = layers(*shape, dtype=spec.dtype)
+        self.pooled_keys: list[Tensor] = []
+        if spec.block_tokens:
+            shape = (*shape[:2], spec.blocks_per_frame, *shape[3:])
+            self.pooled_keys = layers(*shape, dtype=torch.float32)
+        self._slot_frames: list[int] = []  # latent frame index in each used slot
+        self._next_victim = spec.sink_frames
+        self._open_slots: list[int] = []
+
+    @property
+    def visible_frames(self) -> int:
+        """Latent frames that attention sees, the open chunk included."""
+        return len(self._slot_frames)
+
+    @property
+    def slot_frames(self) -> tuple[int, ...]:
+        """Absolute latent frame index held by each visible slot."""
+        return tuple(self._slot_frames)
+
+    @property
+    def open_slots(self) -> tuple[int, ...]:
+        """Slots of the chunk being denoised, in frame order."""
+        return tuple(self._open_slots)
+
+    def enter(self, frames: Sequence[int]) -> None:
+        """Give slots to a chunk, dropping the oldest frames that are not sinks if need be.
+
+        Args:
+            frames: absolute latent frame indices of the chunk.
+
+        Raises:
+            UserError: the chunk does not fit beside the sinks.
+            RuntimeError: the previous chunk was never committed.
+        """
+        if self._open_slots:
+            raise RuntimeError("a chunk is open; commit() it before the next enters")
+        room = self.spec.capacity_frames - self.spec.sink_frames
+        fresh = self.spec.capacity_frames - self.visible_frames
+        if len(frames) > max(room, fresh):
+            raise UserError(
+                f"a chunk of {len(frames)} latent frames does not fit a window of "
+                f"{self.spec.capacity_frames} frames of which {self.spec.sink_frames} are sink; "
+                "raise the window or lower the sink or the frames per chunk"
+            )
+        for frame in frames:
+            if self.visible_frames < self.spec.capacity_frames:
+                slot = self.visible_frames
+                self._slot_frames.append(frame)
+            else:
+                slot = self._next_victim
+                self._slot_frames[slot] = frame
+                wrapped = slot + 1 == self.spec.capacity_frames
+                self._next_victim = self.spec.sink_frames if wrapped else slot + 1
+            self._open_slots.append(slot)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store (or store again) the open chunk's keys and values of one layer.
+
+        Args:
+            k, v: [B, frames * frame_tokens, H, D]; k rotated with its absolute positions.
+        """
+        tokens = self.spec.frame_tokens
+        k, v = k.unflatten(1, (-1, tokens)), v.unflatten(1, (-1, tokens))
+        for first, start, length in _runs(self._open_slots):
+            slots = slice(start, start + length)
+            self.keys[layer][:, slots, :tokens] = k[:, first : first + length]
+            self.values[layer][:, slots, :tokens] = v[:, first : first + length]
+
+    def visible(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that the open chunk attends to, each [B, S, H, D].
+
+        Views of the cache, unless slots are padded: then copies without the padding.
+        """
+        tokens = self.spec.frame_tokens
+        keys = self.keys[layer][:, : self.visible_frames, :tokens]
+        values = self.values[layer][:, : self.visible_frames, :tokens]
+        return keys.flatten(1, 2), values.flatten(1, 2)
+
+    def commit(self) -> None:
+        """Close the open chunk after its clean pass; its pooled keys are made here, once."""
+        for layer, pooled in enumerate(self.pooled_keys):
+            for _, start, length in _runs(self._open_slots):
+                slots = slice(start, start + length)
+                pooled[:, slots] = _mean_blocks(self.keys[layer][:, slots], self.spec)
+        self._open_slots = []
+
+
+def _runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Consecutive slots as (offset in the chunk, first slot, count)."""
+    runs: list[tuple[int, int, int]] = []
+    for offset, slot in enumerate(slots):
+        if runs and runs[-1][1] + runs[-1][2] == slot:
+            first, start, length = runs[-1]
+            runs[-1] = (first, start, length + 1)
+        else:
+            runs.append((offset, slot, 1))
+    return runs
+
+
+def _mean_blocks(keys: Tensor, spec: CacheSpec) -> Tensor:
+    """Mean key of each block of a frame; the last block of a frame may be short.
+
+    Args: keys [B, frames, frame_stride, H, D]. Returns: float32 [B, frames, blocks, H, D].
+    """
+    sums = keys[:, :, : spec.frame_tokens].float()
+    padding = spec.frame_stride - spec.frame_tokens
+    sums = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, padding))
+    sums = sums.unflatten(2, (spec.blocks_per_frame, spec.block_tokens)).sum(3)
+    counts = torch.full((spec.blocks_per_frame, 1, 1), float(spec.block_tokens))
+    counts[-1] = spec.block_tokens - padding
+    return sums / counts.to(sums.device)

@@ -1,0 +1,313 @@
+"""The chunk loop: noise to latents, chunk by chunk, as a generator.
+
+Per chunk: a few denoising forwards, each predicting the clean latents and noising them again to
+the next level; then one clean pass at timestep 0 that writes the finished chunk's keys and
+values. The chunk is yielded before its clean pass, so whoever decodes it can start at once, and
+the last chunk's clean pass, which nobody would read, never runs.
+
+Reference: Self Forcing `CausalInferencePipeline.inference`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import CachedAttention
+from .errors import Cancelled, UserError
+from .kv_cache import CacheSpec, KVCache
+from .layout import chunk_lengths, context_lengths
+from .noise import NoiseSource
+from .timesteps import SELF_FORCING_STEPS, TRAIN_TIMESTEPS, check_steps
+from .wan.forward import PositionTable, TextContext, position_table, wan_forward
+
+log = logging.getLogger("lightforcing")
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How a video is made. Frames are latent frames throughout.
+
+    Attributes:
+        num_frames: frames to generate, given frames not counted.
+        frames_per_chunk: frames denoised together; the last chunk may be shorter.
+        steps: timesteps of the denoising forwards, falling, 1000 = pure noise.
+        first_chunk_steps: another list for the first chunk (Causal Forcing++ 1- and 2-step
+            models take 4 steps there); None for the same.
+        independent_first_frame: the first chunk is one frame; ignored when frames are given.
+        window_frames: frames attention sees, sinks and the current chunk included;
+            -1 for the whole history.
+        sink_frames: first frames of the video that stay visible in a window.
+        context_timestep: timestep of the clean pass (0 in every published model).
+    """
+
+    num_frames: int
+    frames_per_chunk: int = 3
+    steps: Sequence[float] = SELF_FORCING_STEPS
+    first_chunk_steps: Sequence[float] | None = None
+    independent_first_frame: bool = False
+    window_frames: int = -1
+    sink_frames: int = 0
+    context_timestep: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        if self.first_chunk_steps is not None:
+            check_steps(self.first_chunk_steps)
+        if not 0 <= self.context_timestep < TRAIN_TIMESTEPS:
+            raise UserError(
+                f"the clean pass's timestep must be in [0, 1000), got {self.context_timestep}"
+            )
+        if self.window_frames != -1 and self.window_frames < 1:
+            raise UserError(
+                "window frames must be -1 (whole history) or at least 1 latent frame, got "
+                f"{self.window_frames}"
+            )
+        if self.sink_frames and self.window_frames == -1:
+            raise UserError(
+                f"{self.sink_frames} sink frames have no meaning without a window; "
+                "set window frames too"
+            )
+
+    def chunk_lengths(self, given_frames: int = 0) -> list[int]:
+        """Frames of each chunk to generate."""
+        return chunk_lengths(
+            self.num_frames,
+            self.frames_per_chunk,
+            independent_first_frame=self.independent_first_frame and not given_frames,
+        )
+
+    def capacity_frames(self, given_frames: int = 0) -> int:
+        """Frames the key/value cache must hold."""
+        total = given_frames + self.num_frames
+        return total if self.window_frames == -1 else min(self.window_frames, total)
+
+
+@dataclass(frozen=True)
+class ChunkStatistics:
+    """What one chunk was and cost.
+
+    Attributes:
+        index: chunk, from 0.
+        first_frame, num_frames: absolute latent frames.
+        kv_frames: latent frames attention saw, the chunk's own included.
+        sparsity: share of (query block, key block) pairs asked to be skipped, 0..1.
+        density: share of pairs computed, 0..1, mean over heads, layers and passes.
+        forwards: forwards since the previous chunk was ready (clean passes included).
+        denoise_seconds: denoising forwards.
+        clean_seconds: clean passes of what came before this chunk (previous chunk or given
+            frames).
+    """
+
+    index: int
+    first_frame: int
+    num_frames: int
+    steps: int
+    kv_frames: int
+    sparsity: float
+    density: float
+    forwards: int
+    denoise_seconds: float
+    clean_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.denoise_seconds + self.clean_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished chunk: latents float32 [B, C, frames, h, w], normalised, and its statistics."""
+
+    latents: Tensor
+    statistics: ChunkStatistics
+
+
+class _Denoiser:
+    """One run's state: cache, text, and the forward with both."""
+
+    def __init__(
+        self,
+        tree: nn.Module,
+        text: TextContext,
+        cache: KVCache,
+        dtype: torch.dtype,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.tree = tree
+        self.text = text
+        self.cache = cache
+        self.dtype = dtype
+        self.should_stop = should_stop
+        self.attend = CachedAttention(cache)
+        self.forwards = 0
+
+    def positions(self, frames: Sequence[int], latents: Tensor) -> PositionTable:
+        height, width = latents.shape[-2:]
+        return position_table(self.tree, frames, height, width, latents.device)
+
+    def velocity(
+        self, latents: Tensor, timestep: float, frames: Sequence[int], positions: PositionTable
+    ) -> Tensor:
+        if self.should_stop():
+            raise Cancelled("stopped at the caller's request")
+        timesteps = torch.full((latents.shape[0], latents.shape[2]), timestep)
+        self.forwards += 1
+        return wan_forward(
+            self.tree,
+            latents.to(self.dtype),
+            timesteps.to(latents.device),
+            frames,
+            self.text,
+            self.attend,
+            positions,
+        )
+
+    def clean_pass(self, latents: Tensor, timestep: float, frames: Sequence[int]) -> None:
+        """Write the keys and values of finished latents and close their chunk."""
+        self.velocity(latents, timestep, frames, self.positions(frames, latents))
+        self.cache.commit()
+
+    def denoise(
+        self, noise: NoiseSource, steps: Sequence[float], frames: Sequence[int]
+    ) -> Tensor:
+        """Clean latents of the open chunk, float32 [B, C, F, h, w]."""
+        latents = noise.initial(frames).float()
+        positions = self.positions(frames, latents)
+        for step, timestep in enumerate(steps):
+            if step:
+                sigma = timestep / TRAIN_TIMESTEPS
+                fresh = noise.renoise(frames, step).float()
+                latents = (1 - sigma) * latents + sigma * fresh
+            velocity = self.velocity(latents, timestep, frames, positions)
+            sigma = timestep / TRAIN_TIMESTEPS
+            # Float64 as in Self Forcing: the difference of two large terms.
+            latents = (latents.double() - sigma * velocity.double()).float()
+        return latents
+
+
+def _synchronized_time(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def cache_spec(
+    tree: nn.Module,
+    settings: RolloutSettings,
+    *,
+    batch: int,
+    latent_height: int,
+    latent_width: int,
+    dtype: torch.dtype,
+    given_frames: int = 0,
+) -> CacheSpec:
+    """The key/value cache that a run of these settings needs."""
+    dim = tree.patch_embedding.weight.shape[0]
+    _, patch_h, patch_w = tree.patch_size
+    return CacheSpec(
+        batch=batch,
+        num_layers=len(tree.blocks),
+        num_heads=tree.num_heads,
+        head_dim=dim // tree.num_heads,
+        frame_tokens=(latent_height // patch_h) * (latent_width // patch_w),
+        capacity_frames=settings.capacity_frames(given_frames),
+        sink_frames=settings.sink_frames,
+        dtype=dtype,
+    )
+
+
+@torch.no_grad()
+def rollout(
+    tree: nn.Module,
+    settings: RolloutSettings,
+    text: TextContext,
+    noise: NoiseSource,
+    *,
+    given_latents: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Chunk]:
+    """Generate a video chunk by chunk.
+
+    Args:
+        tree: Wan-shaped module tree, on the device to run on.
+        settings: lengths, steps, window.
+        text: from `prepare_text`.
+        noise: decides batch, size and device.
+        given_latents: frames the video continues from, float [B, C, n, h, w], normalised:
+            one frame for image to video, more to extend a video. They are written to the cache
+            by clean passes and are not yielded.
+        dtype: of the forwards and the cache; default: the tree's.
+        should_stop: asked before every forward.
+
+    Yields:
+        Each chunk as soon as its last denoising step is done.
+
+    Raises:
+        Cancelled: `should_stop` said so.
+        UserError: settings that do not fit together, or too little memory.
+    """
+    dtype = dtype or text.keys[0].dtype
+    given_frames = 0 if given_latents is None else given_latents.shape[2]
+    lengths = settings.chunk_lengths(given_frames)
+    probe = noise.initial(range(given_frames, given_frames + 1))
+    device = probe.device
+    spec = cache_spec(
+        tree,
+        settings,
+        batch=probe.shape[0],
+        latent_height=probe.shape[3],
+        latent_width=probe.shape[4],
+        dtype=dtype,
+        given_frames=given_frames,
+    )
+    denoiser = _Denoiser(tree, text, KVCache(spec, device), dtype, should_stop)
+    cache = denoiser.cache
+
+    started = _synchronized_time(device)
+    first = 0
+    if given_latents is not None:
+        for length in context_lengths(given_frames, settings.frames_per_chunk):
+            frames = range(first, first + length)
+            cache.enter(frames)
+            latents = given_latents[:, :, first : first + length].to(device).float()
+            denoiser.clean_pass(latents, settings.context_timestep, frames)
+            first += length
+
+    finished: tuple[Tensor, range] | None = None
+    for index, length in enumerate(lengths):
+        if finished is not None:
+            started = _synchronized_time(device)
+            denoiser.clean_pass(finished[0], settings.context_timestep, finished[1])
+        cleaned = _synchronized_time(device)
+        frames = range(first, first + length)
+        first += length
+        own_list = index == 0 and settings.first_chunk_steps is not None
+        steps = check_steps(settings.first_chunk_steps if own_list else settings.steps)
+        cache.enter(frames)
+        latents = denoiser.denoise(noise, steps, frames)
+        statistics = ChunkStatistics(
+            index=index,
+            first_frame=frames.start,
+            num_frames=length,
+            steps=len(steps),
+            kv_frames=cache.visible_frames,
+            sparsity=0.0,
+            density=1.0,
+            forwards=denoiser.forwards,
+            denoise_seconds=_synchronized_time(device) - cleaned,
+            clean_seconds=cleaned - started,
+        )
+        denoiser.forwards = 0
+        yield Chunk(latents, statistics)
+        finished = (latents, frames)

@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder with the outputs of the published implementations.
+
+    LIGHTFORCING_GOLDEN names it; the default lies beside the checkout.
+    """
+    folder = Path(os.environ.get("LIGHTFORCING_GOLDEN", ROOT.parent / "shared" / "golden"))
+    if not folder.is_dir():
+        pytest.skip(f"no golden files: {folder} does not exist (set LIGHTFORCING_GOLDEN)")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _fresh_random_state(request: pytest.FixtureRequest) -> None:
+    """Every test draws its own inputs, the same in every run of that test."""
+    torch.manual_seed(sum(request.node.nodeid.encode()))
