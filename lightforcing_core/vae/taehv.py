@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .weights import load_exactly
 
 FRAMES_PER_LATENT = 4
 FRAMES_TO_TRIM = FRAMES_PER_LATENT - 1
@@ -265,8 +266,11 @@ class TAEHV(nn.Module):
         Raises:
             UserError: it is not a TAEHV state dict, or tensors are missing, unexpected or misfit.
         """
-        model = cls(TAEHVConfig.from_state_dict(tensors))
-        model.to(dtype=tensors["decoder.1.weight"].dtype)
+        config = TAEHVConfig.from_state_dict(tensors)
+        # Meta first: initial values would be thrown away, and drawing them would shift the
+        # caller's random numbers.
+        with torch.device("meta"):
+            model = cls(config).to(dtype=tensors["decoder.1.weight"].dtype)
         model.load_tensors(tensors)
         return model
 
@@ -280,7 +284,7 @@ class TAEHV(nn.Module):
             tensors: a state dict of the published names.
 
         Raises:
-            UserError: tensors are missing, unexpected or of another shape.
+            UserError: tensors are missing, unexpected, of another shape or not finite.
         """
         own = self.state_dict()
         fitted = dict(tensors)
@@ -288,20 +292,12 @@ class TAEHV(nn.Module):
             name = f"decoder.{first_block + _BLOCKS_PER_STAGE + 1}.conv.weight"
             if name in fitted and fitted[name].shape[0] > own[name].shape[0]:
                 fitted[name] = fitted[name][-own[name].shape[0] :]
-        problems = [f"missing {name}" for name in own if name not in fitted]
-        problems += [f"unexpected {name}" for name in fitted if name not in own]
-        problems += [
-            f"{name} is {list(fitted[name].shape)}, expected {list(own[name].shape)}"
-            for name in own
-            if name in fitted and fitted[name].shape != own[name].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise UserError(
-                f"TAEHV weights do not fit: {'; '.join(problems[:4])}{more}; "
-                "give a complete file of the TAEHV family (taew2_1, lighttaew2_1)"
-            )
-        self.load_state_dict(fitted)
+        load_exactly(
+            self,
+            fitted,
+            what="TAEHV",
+            do="give a complete file of the TAEHV family (taew2_1, lighttaew2_1)",
+        )
 
     def decode(
         self, latents: Tensor, state: TAEHVDecoderState | None = None
