@@ -49,18 +49,13 @@ def _without_prefix(tensors: Tensors) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _is_self_forcing(tensors: Tensors) -> bool:
-    return _wrapper(tensors) is not None or f"model.{_MARKER}" in tensors
-
-
-def _from_self_forcing(tensors: Tensors) -> dict[str, Tensor]:
-    wrapper = _wrapper(tensors)
-    # The flat 'model.' prefix is a wrapper name as well: one strip serves both.
-    return _without_prefix(_under(tensors, f"{wrapper}.") if wrapper else tensors)
+def _unwrapped(tensors: Tensors) -> dict[str, Tensor]:
+    # A flat 'model.' prefix reads as the wrapper of that name: one strip serves both.
+    return _without_prefix(_under(tensors, f"{_wrapper(tensors)}."))
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("self_forcing", _is_self_forcing, _from_self_forcing),
+    Format("self_forcing", lambda tensors: _wrapper(tensors) is not None, _unwrapped),
     Format(
         "comfyui",
         lambda tensors: _MARKER in _without_prefix(tensors),

@@ -1,0 +1,49 @@
+# Each command prints what it does; a second run of the same command is fast.
+.PHONY: help setup demo test lint clean train-embedded
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+help:
+	@echo "make setup           create $(VENV) with torch and everything the tests need"
+	@echo "make demo            a prompt becomes output/demo.mp4 with the embedded model"
+	@echo "make lint            ruff and the import contract"
+	@echo "make test            lint and every test (tests marked gpu only where there is one)"
+	@echo "make train-embedded  train the embedded model again (one large GPU, about 25 minutes)"
+	@echo "make clean           remove $(VENV), output/ and caches"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml .ci/install-torch
+	@echo "== creating $(VENV) and installing the package with its development tools"
+	$(PYTHON) -m venv $(VENV)
+	.ci/install-torch $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(STAMP)
+	@echo "== ready: $(BIN)/lightforcing doctor"
+
+demo: setup
+	@echo "== a prompt becomes output/demo.mp4"
+	@mkdir -p output
+	$(BIN)/lightforcing generate --seed 3 --out output/demo.mp4 --json output/demo.json \
+	    --prompt "a large red circle moves right quickly over a blue checkered background"
+
+lint: setup
+	@echo "== ruff, and who may import whom"
+	$(BIN)/ruff check .
+	$(BIN)/pytest tests/test_import_contract.py
+
+test: lint
+	@echo "== tests"
+	$(BIN)/pytest
+
+train-embedded: setup
+	@echo "== training the embedded model"
+	$(BIN)/python -m lightforcing.training.run_all
+
+clean:
+	@echo "== removing $(VENV), output/ and caches"
+	rm -rf $(VENV) output build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

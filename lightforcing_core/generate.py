@@ -1,0 +1,291 @@
+"""The main job without ComfyUI: a prompt in, an mp4 out, chunk by chunk."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoints.load import LoadedModel, Preset, load_model
+from .embedded import EMBEDDED_MODEL, EMBEDDED_VAE
+from .errors import UserError
+from .layout import FrameSize, latent_frames
+from .noise import SeededNoise
+from .rollout import ChunkStatistics, RolloutSettings, rollout
+from .text.load import load_text_encoder
+from .vae.streaming import StreamingVAE, load_vae
+from .video_io import VideoWriter, load_image
+from .wan.forward import TextContext, prepare_text
+
+log = logging.getLogger("lightforcing")
+
+FRAME_RATE = 16  # frames per second that Wan models are trained at
+_DEFAULT_SIZE = FrameSize(832, 480)
+_DEFAULT_FRAMES = 81
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What to make. None means: what the model's file suggests, else Self Forcing's settings.
+
+    Attributes:
+        frames: pixel frames, 4 k + 1, the start image included.
+        start_image: picture the video begins with (image to video).
+        frames_per_chunk, window_frames, sink_frames: latent frames.
+        device, dtype: default to CUDA and bf16 where there is a GPU, else CPU and float32.
+    """
+
+    prompt: str
+    out: Path
+    model: Path | None = None
+    vae: Path | None = None
+    text_encoder: Path | None = None
+    frames: int | None = None
+    size: FrameSize | None = None
+    seed: int = 0
+    steps: Sequence[float] | None = None
+    first_chunk_steps: Sequence[float] | None = None
+    frames_per_chunk: int | None = None
+    window_frames: int | None = None
+    sink_frames: int | None = None
+    start_image: Path | None = None
+    vae_latents: str | None = None
+    device: str | None = None
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class ChunkReport:
+    """One chunk, as reported to whoever watches: its number, what it cost, what it gave."""
+
+    index: int
+    num_chunks: int
+    pixel_frames: int
+    statistics: ChunkStatistics
+    decode_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.statistics.seconds + self.decode_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.statistics.to_dict(),
+            "pixel_frames": self.pixel_frames,
+            "decode_seconds": self.decode_seconds,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """A finished video; `seconds` is sampling and decoding without loading."""
+
+    out: Path
+    frames: int
+    size: FrameSize
+    seed: int
+    seconds: float
+    load_seconds: float
+    chunks: tuple[ChunkReport, ...]
+    device: str
+    dtype: torch.dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "frames": self.frames,
+            "fps": FRAME_RATE,
+            "width": self.size.width,
+            "height": self.size.height,
+            "seed": self.seed,
+            "seconds": self.seconds,
+            "load_seconds": self.load_seconds,
+            "frames_per_second": self.frames / self.seconds,
+            "device": self.device,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "chunks": [chunk.to_dict() for chunk in self.chunks],
+        }
+
+
+def generate(
+    request: GenerateRequest,
+    *,
+    on_chunk: Callable[[ChunkReport], None] = lambda report: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> GenerateResult:
+    """Make one video file.
+
+    Args:
+        request: what to make.
+        on_chunk: called after each chunk's frames are written.
+        should_stop: asked before every forward of the denoiser.
+
+    Raises:
+        UserError: bad input; nothing is left under the final name.
+        Cancelled: `should_stop` said so; the frames so far stay in a file that says so.
+    """
+    device, dtype = _placement(request)
+    started = time.perf_counter()
+    job = _prepare(request, device, dtype)
+    load_seconds = time.perf_counter() - started
+
+    started = time.perf_counter()
+    reports: list[ChunkReport] = []
+    size = job.size
+    with VideoWriter(request.out, size.width, size.height, FRAME_RATE) as writer:
+        for frames, report in _stream(job, request.seed, should_stop):
+            writer.write(frames)
+            if report is not None:
+                reports.append(report)
+                on_chunk(report)
+        seconds = time.perf_counter() - started
+    return GenerateResult(
+        out=request.out,
+        frames=writer.frames_written,
+        size=size,
+        seed=request.seed,
+        seconds=seconds,
+        load_seconds=load_seconds,
+        chunks=tuple(reports),
+        device=str(device),
+        dtype=dtype,
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything loaded and checked; nothing sampled yet."""
+
+    model: LoadedModel
+    vae: StreamingVAE
+    text: TextContext
+    settings: RolloutSettings
+    size: FrameSize
+    start_frame: Tensor | None  # float [1, 1, 3, H, W], 0..1
+    device: torch.device
+    dtype: torch.dtype
+
+
+def _placement(request: GenerateRequest) -> tuple[torch.device, torch.dtype]:
+    name = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device '{name}' cannot be used: {reason}; try --device cpu") from error
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, request.dtype or default
+
+
+def _prepare(request: GenerateRequest, device: torch.device, dtype: torch.dtype) -> _Job:
+    if not request.prompt.strip():
+        log.warning("the prompt is empty; the model will make something up")
+    embedded = request.model is None
+    if not embedded and (request.vae is None or request.text_encoder is None):
+        missing = " and ".join(
+            name
+            for name, path in (("--vae", request.vae), ("--text-encoder", request.text_encoder))
+            if path is None
+        )
+        raise UserError(
+            f"{missing} missing: a model of your own needs its Wan 2.1 VAE (or TAEHV, LightVAE) "
+            "and its UMT5 text encoder; leave --model out to use the embedded one"
+        )
+    model = load_model(request.model or EMBEDDED_MODEL, device=device, dtype=dtype)
+    settings, size = _settings(request, model.preset)
+    vae = load_vae(
+        request.vae or EMBEDDED_VAE, device=device, dtype=dtype, latents=request.vae_latents
+    )
+    start_frame = None
+    if request.start_image is not None:
+        start_frame = load_image(request.start_image, size.width, size.height)[:, None]
+
+    encoder = load_text_encoder(request.text_encoder, device, dtype)
+    with torch.no_grad():
+        embeds = encoder.encode(request.prompt).to(device=device, dtype=dtype)
+        text = prepare_text(model.tree, embeds)
+    # UMT5 is several times the size of the denoiser: give its memory back before sampling.
+    del encoder
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _Job(model, vae, text, settings, size, start_frame, device, dtype)
+
+
+def _settings(request: GenerateRequest, preset: Preset) -> tuple[RolloutSettings, FrameSize]:
+    def chosen(value: Any, suggestion: Any) -> Any:
+        return suggestion if value is None else value
+
+    preset_size = _DEFAULT_SIZE
+    if preset.width is not None and preset.height is not None:
+        preset_size = FrameSize(preset.width, preset.height)
+    frames = chosen(request.frames, preset.frames or _DEFAULT_FRAMES)
+    given = 0 if request.start_image is None else 1
+    to_generate = latent_frames(frames) - given
+    if to_generate < 1:
+        raise UserError(
+            f"{frames} frame leaves nothing to generate after the start image; ask for 5 or more"
+        )
+    settings = RolloutSettings(
+        num_frames=to_generate,
+        frames_per_chunk=chosen(request.frames_per_chunk, preset.frames_per_chunk),
+        steps=chosen(request.steps, preset.steps),
+        first_chunk_steps=request.first_chunk_steps,
+        window_frames=chosen(request.window_frames, preset.window_frames),
+        sink_frames=chosen(request.sink_frames, preset.sink_frames),
+    )
+    return settings, chosen(request.size, preset_size)
+
+
+def _stream(
+    job: _Job, seed: int, should_stop: Callable[[], bool]
+) -> Iterator[tuple[Tensor, ChunkReport | None]]:
+    """Frames uint8 [t, H, W, 3] on the host as they are made, with a report per chunk."""
+    decoder = job.vae.new_decoder()
+    given = None
+    if job.start_frame is not None:
+        given = job.vae.new_encoder().encode(job.start_frame.to(job.device, job.dtype))
+        yield _to_bytes(decoder.decode(given)), None
+    channels = job.model.config.in_dim
+    shape = (1, channels, job.size.latent_height, job.size.latent_width)
+    noise = SeededNoise(seed, shape, job.device)
+    num_chunks = len(job.settings.chunk_lengths(0 if given is None else given.shape[2]))
+    for chunk in rollout(
+        job.model.tree,
+        job.settings,
+        job.text,
+        noise,
+        given_latents=given,
+        dtype=job.dtype,
+        should_stop=should_stop,
+    ):
+        started = time.perf_counter()
+        frames = _to_bytes(decoder.decode(chunk.latents.to(job.dtype)))
+        report = ChunkReport(
+            index=chunk.statistics.index,
+            num_chunks=num_chunks,
+            pixel_frames=frames.shape[0],
+            statistics=chunk.statistics,
+            decode_seconds=time.perf_counter() - started,
+        )
+        yield frames, report
+
+
+def _to_bytes(frames: Tensor) -> Tensor:
+    """float [1, t, 3, H, W] in 0..1 to uint8 [t, H, W, 3] on the host."""
+    if not bool(torch.isfinite(frames).all()):
+        raise UserError(
+            "the video turned into NaN; the weights and the data type do not fit together: "
+            "try --dtype float32, and check the model with `lightforcing inspect`"
+        )
+    return (frames[0] * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
+

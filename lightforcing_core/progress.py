@@ -1,0 +1,59 @@
+"""The progress bar of `lightforcing generate`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from .generate import ChunkReport
+
+
+class ChunkProgress:
+    """Chunk, frames per second and time left, on stderr.
+
+    A terminal gets a bar, anything else one line per chunk.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("chunk {task.completed}/{task.total}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("loading", total=None, rate="")
+        self._started = 0.0
+        self._frames = 0
+
+    def __enter__(self) -> ChunkProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.stop()
+
+    def update(self, report: ChunkReport) -> None:
+        """Show that a chunk is done."""
+        now = time.perf_counter()
+        if not self._frames:
+            self._started = now - report.seconds
+        self._frames += report.pixel_frames
+        rate = f"{self._frames / (now - self._started):.1f} frames/s"
+        done = report.index + 1
+        if not self._console.is_terminal:
+            self._console.print(f"chunk {done}/{report.num_chunks}: {rate}", highlight=False)
+        self._bar.update(
+            self._task,
+            completed=done,
+            total=report.num_chunks,
+            rate=rate,
+            description="generating",
+        )
