@@ -20,7 +20,8 @@ from .layout import FrameSize, latent_frames
 from .noise import SeededNoise
 from .rollout import ChunkStatistics, RolloutSettings, rollout
 from .text.load import load_text_encoder
-from .vae.streaming import StreamingVAE, load_vae
+from .vae.load import load_vae
+from .vae.streaming import VideoVAE
 from .video_io import VideoWriter, load_image
 from .wan.forward import TextContext, prepare_text
 
@@ -165,7 +166,7 @@ class _Job:
     """Everything loaded and checked; nothing sampled yet."""
 
     model: LoadedModel
-    vae: StreamingVAE
+    vae: VideoVAE
     text: TextContext
     settings: RolloutSettings
     size: FrameSize

@@ -19,7 +19,7 @@ from torch import Tensor
 from .checkpoints.files import read_state_dict
 from .errors import UserError
 from .rollout import RolloutSettings, rollout
-from .vae.taehv import TAEHV, TAEHVConfig
+from .vae.taehv import TAEHV
 from .vae.wan_vae import WanVAE
 from .wan.config import WanConfig
 from .wan.forward import prepare_text
@@ -192,21 +192,23 @@ def _rollout_cases(
 
 @torch.no_grad()
 def _vae_cases(tensors: Mapping[str, Tensor]) -> Iterator[_Computed]:
-    def under(prefix: str) -> dict[str, Tensor]:
-        found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    def weights(prefix: str) -> dict[str, Tensor]:
+        inputs = (f"{prefix}latent", f"{prefix}frames_untrimmed")
+        found = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix) and name not in inputs
+        }
         if not found:
             raise KeyError(f"'{prefix}*'")
         return found
 
-    wan = WanVAE.from_state_dict(under("wan_vae."))
+    wan = WanVAE.from_state_dict(weights("wan_vae."))
     pixels, _ = wan.decode(tensors["wan.latent"])
     yield _Computed("wan_decode", "wan.pixels", pixels)
     latents, _ = wan.encode(tensors["wan.encode_in"])
     yield _Computed("wan_encode", "wan.encode_out", latents)
-    decoder = under("taehv.")
-    config = TAEHVConfig.from_state_dict(decoder)
-    taehv = TAEHV(config)
-    taehv.load_state_dict(decoder)
+    taehv = TAEHV.from_state_dict(weights("taehv."))
     frames, _ = taehv.decode(tensors["taehv.latent"])
     yield _Computed("taehv_decode", "taehv.frames_untrimmed", frames)
 

@@ -1,0 +1,203 @@
+"""Every supported layout loads to the same model; everything else ends in one clear line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightforcing.lightforcing_core.checkpoints.load import load_model
+from lightforcing.lightforcing_core.errors import UserError
+from lightforcing.lightforcing_core.wan.config import WanConfig
+from lightforcing.lightforcing_core.wan.modules import WanModel
+
+CONFIG = WanConfig(dim=128, ffn_dim=32, num_heads=1, num_layers=2, text_dim=16, freq_dim=16)
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {k: v.detach() for k, v in WanModel(CONFIG).named_parameters()}
+
+
+def prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + k: v for k, v in tensors.items()}
+
+
+def other(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v + 1 for k, v in tensors.items()}
+
+
+LAYOUTS: dict[str, tuple[str, Callable[[dict[str, Tensor]], dict]]] = {
+    "ema over generator": (
+        "self_forcing",
+        lambda w: {
+            "generator": prefixed(other(w), "model."),
+            "critic": prefixed(other(w), "model."),
+            "generator_ema": prefixed(w, "model."),
+            "step": 600,
+        },
+    ),
+    "generator only": ("self_forcing", lambda w: {"generator": prefixed(w, "model.")}),
+    "flat with model prefix": ("self_forcing", lambda w: prefixed(w, "model.")),
+    "plain names": ("comfyui", dict),
+    "comfyui prefix": ("comfyui", lambda w: prefixed(w, "model.diffusion_model.")),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_torch_files_load(layout: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    name, wrap = LAYOUTS[layout]
+    path = tmp_path / "model.pt"
+    torch.save(wrap(weights), path)
+    loaded = load_model(path)
+    assert loaded.format == name
+    assert loaded.config == CONFIG
+    for key, parameter in loaded.tree.named_parameters():
+        assert torch.equal(parameter, weights[key]), key
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "diffusion_model.", "model.diffusion_model."])
+def test_safetensors_load(prefix: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(prefixed(weights, prefix), path)
+    loaded = load_model(path, dtype=torch.bfloat16)
+    for key, parameter in loaded.tree.named_parameters():
+        assert torch.equal(parameter, weights[key].bfloat16()), key
+
+
+def test_our_metadata_sets_heads_and_preset(weights: dict[str, Tensor], tmp_path: Path) -> None:
+    facts = {
+        "num_heads": 4,
+        "frames_per_chunk": 1,
+        "steps": [1000, 500],
+        "window_frames": 12,
+        "sink_frames": 3,
+        "width": 256,
+        "height": 128,
+        "frames": 33,
+    }
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path, metadata={"lightforcing": json.dumps(facts)})
+    loaded = load_model(path)
+    assert loaded.config.num_heads == 4
+    assert (loaded.preset.frames_per_chunk, loaded.preset.steps) == (1, (1000.0, 500.0))
+    assert (loaded.preset.window_frames, loaded.preset.sink_frames) == (12, 3)
+    assert (loaded.preset.width, loaded.preset.height, loaded.preset.frames) == (256, 128, 33)
+
+
+def test_sizes_of_1_3b_and_14b_come_from_the_tensors() -> None:
+    for config in (WanConfig(), WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)):
+        with torch.device("meta"):
+            tensors = dict(WanModel(config).named_parameters())
+        assert WanConfig.from_tensors(tensors) == config
+    assert len(dict(tensors)) == 27 * 40 + 15
+
+
+def test_the_1_3b_tree_has_the_published_tensors() -> None:
+    with torch.device("meta"):
+        tensors = dict(WanModel(WanConfig()).named_parameters())
+    assert len(tensors) == 825
+    assert sum(t.numel() for t in tensors.values()) == 1_418_996_800
+
+
+def test_unknown_tensors_are_named_not_swallowed(
+    weights: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({**weights, "surprise.weight": torch.zeros(1)}, path)
+    assert load_model(path).unexpected == ("surprise.weight",)
+    assert "surprise.weight" in caplog.text
+
+
+def rejected(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("blocks.1.ffn.0.bias"), r"missing \(blocks\.1\.ffn\.0\.bias\)"),
+        (lambda w: w.update({"head.head.bias": torch.zeros(7)}), "head.head.bias is \\[7\\]"),
+        (lambda w: [w.pop(k) for k in list(w) if k.startswith("blocks.0.")], "blocks are missing"),
+        (lambda w: w["head.head.bias"].fill_(float("nan")), "NaN"),
+        (lambda w: w.update({"img_emb.proj.0.weight": torch.zeros(1)}), "image-to-video"),
+    ],
+    ids=["missing", "wrong shape", "missing block", "nan", "image to video"],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    change: Callable[[dict[str, Tensor]], object],
+    message: str,
+    weights: dict[str, Tensor],
+    tmp_path: Path,
+) -> None:
+    tensors = {k: v.clone() for k, v in weights.items()}
+    change(tensors)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    import re
+
+    assert re.search(message, rejected(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("decoder.upsamples.0.residual.0.gamma", "a Wan VAE"),
+        ("decoder.22.bias", "a TAEHV autoencoder"),
+        ("blocks.0.self_attn.q.lora_A.weight", "a LoRA"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "a T5 text encoder"),
+        ("something.else", "unknown kind"),
+    ],
+)
+def test_other_kinds_of_files_are_called_by_their_name(
+    name: str, what: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(2, 2)}, path)
+    assert what in rejected(path)
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple:
+        return (Path("should_not_exist").touch, ())
+
+
+def test_hostile_and_broken_files_are_refused(
+    weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = tmp_path / "good.safetensors"
+    save_file(weights, good)
+    whole = good.read_bytes()
+    torch.save(weights, tmp_path / "good.pt")
+    whole_torch = (tmp_path / "good.pt").read_bytes()
+    files = {
+        "empty.safetensors": b"",
+        "text.safetensors": b"this is not a checkpoint at all",
+        "cut.safetensors": whole[: len(whole) // 2],
+        "header.safetensors": (10**15).to_bytes(8, "little") + whole[8:],
+        "code.pt": pickle.dumps({"generator": RunsCode()}, protocol=2),
+        "cut.pt": whole_torch[: len(whole_torch) // 2],
+        "list.pt": pickle.dumps([1, 2, 3], protocol=2),
+    }
+    for name, content in files.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        rejected(path)
+    torch.save({"generator": RunsCode()}, tmp_path / "code_zip.pt")
+    assert "could run code" in rejected(tmp_path / "code_zip.pt")
+    rejected(tmp_path / "missing.pt")
+    rejected(tmp_path)
+    assert not Path("should_not_exist").exists()

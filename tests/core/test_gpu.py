@@ -1,0 +1,113 @@
+"""The engine on a CUDA device gives what it gives on the CPU. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightforcing.lightforcing_core.errors import Cancelled, UserError
+from lightforcing.lightforcing_core.kv_cache import CacheSpec, KVCache
+from lightforcing.lightforcing_core.noise import SeededNoise
+from lightforcing.lightforcing_core.rollout import RolloutSettings, cache_spec, rollout
+from lightforcing.lightforcing_core.wan.config import WanConfig
+from lightforcing.lightforcing_core.wan.forward import prepare_text
+from lightforcing.lightforcing_core.wan.modules import WanModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def small_tree() -> WanModel:
+    config = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64, text_len=32)
+    return WanModel(config).requires_grad_(False)
+
+
+def video(tree: WanModel, embeds: Tensor, settings: RolloutSettings, device: str) -> Tensor:
+    dtype = tree.patch_embedding.weight.dtype
+    with torch.no_grad():
+        text = prepare_text(tree, embeds.to(device, dtype))
+    noise = SeededNoise(4, (1, 16, 16, 24), device)
+    return torch.cat([c.latents for c in rollout(tree, settings, text, noise)], dim=2).cpu()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [RolloutSettings(9, 3), RolloutSettings(12, 3, window_frames=7, sink_frames=1)],
+    ids=["whole history", "window with sink"],
+)
+def test_cuda_equals_cpu(settings: RolloutSettings) -> None:
+    tree = small_tree()
+    embeds = torch.randn(1, 20, 64)
+    expected = video(tree, embeds, settings, "cpu")
+    exact = video(tree.cuda(), embeds, settings, "cuda")
+    assert float((exact - expected).norm() / expected.norm()) < 1e-4
+    rounded = video(tree.bfloat16(), embeds, settings, "cuda")
+    # bf16 keeps 8 bits; a chain of 15 forwards with about ten roundings a layer.
+    assert float((rounded - expected).norm() / expected.norm()) < 0.05
+
+
+def test_noise_is_the_same_on_both_devices() -> None:
+    shape = (1, 16, 8, 8)
+    assert torch.equal(
+        SeededNoise(1, shape, "cuda").initial(range(3)).cpu(), SeededNoise(1, shape).initial(range(3))
+    )
+
+
+def test_a_cache_larger_than_the_card_is_refused_before_it_is_taken() -> None:
+    before = torch.cuda.memory_allocated()
+    spec = CacheSpec(1, 40, 40, 128, frame_tokens=3600, capacity_frames=2000)
+    with pytest.raises(UserError, match="GiB free"):
+        KVCache(spec, "cuda")
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_cancelled_run_gives_its_memory_back() -> None:
+    tree = small_tree().cuda()
+    with torch.no_grad():
+        text = prepare_text(tree, torch.randn(1, 20, 64, device="cuda"))
+    noise = SeededNoise(0, (1, 16, 16, 24), "cuda")
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    calls = iter([False] * 7 + [True] * 99)
+    chunks = rollout(
+        tree, RolloutSettings(9, 3), text, noise, should_stop=lambda: next(calls)
+    )
+    with pytest.raises(Cancelled):
+        for _ in chunks:
+            pass
+    del chunks
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_the_1_3b_shape_runs_at_832x480_within_the_memory_announced() -> None:
+    """Random weights: this is about shapes, addresses and memory, not pictures."""
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        tree = WanModel(WanConfig()).requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        text = prepare_text(tree, torch.randn(1, 40, 4096, dtype=torch.bfloat16))
+    settings = RolloutSettings(6, 3)
+    spec = cache_spec(
+        tree, settings, batch=1, latent_height=60, latent_width=104, dtype=torch.bfloat16
+    )
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    noise = SeededNoise(0, (1, 16, 60, 104), "cuda")
+    for chunk in rollout(tree, settings, text, noise):
+        assert bool(torch.isfinite(chunk.latents).all())
+        held = torch.cuda.memory_allocated() - before
+        assert held >= spec.total_bytes
+    # Beside the cache: activations of 4680 tokens, a few hundred MB.
+    assert torch.cuda.max_memory_allocated() - before < spec.total_bytes + (2 << 30)

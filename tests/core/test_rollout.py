@@ -1,0 +1,176 @@
+"""Behaviour of the chunk loop that is not mathematics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightforcing.lightforcing_core.errors import Cancelled, UserError
+from lightforcing.lightforcing_core.noise import SeededNoise
+from lightforcing.lightforcing_core.rollout import Chunk, RolloutSettings, rollout
+from lightforcing.lightforcing_core.wan.config import WanConfig
+from lightforcing.lightforcing_core.wan.forward import TextContext, prepare_text, wan_forward
+from lightforcing.lightforcing_core.wan.modules import WanModel
+
+SHAPE = (1, 16, 4, 4)
+STEPS = (1000.0, 500.0)
+
+
+@pytest.fixture(scope="module")
+def tree() -> WanModel:
+    torch.manual_seed(0)
+    config = WanConfig(
+        dim=32, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=6, freq_dim=16
+    )
+    return WanModel(config).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def text(tree: WanModel) -> TextContext:
+    return prepare_text(tree, torch.randn(1, 4, 8))
+
+
+def run(tree: WanModel, text: TextContext, settings: RolloutSettings, seed: int = 0) -> list[Chunk]:
+    return list(rollout(tree, settings, text, SeededNoise(seed, SHAPE)))
+
+
+def test_statistics_say_what_happened(tree: WanModel, text: TextContext) -> None:
+    settings = RolloutSettings(7, 3, STEPS, window_frames=5, sink_frames=1)
+    chunks = [chunk.statistics for chunk in run(tree, text, settings)]
+    assert [(c.index, c.first_frame, c.num_frames) for c in chunks] == [(0, 0, 3), (1, 3, 3), (2, 6, 1)]
+    assert [c.kv_frames for c in chunks] == [3, 5, 5]
+    assert all((c.sparsity, c.density) == (0.0, 1.0) for c in chunks)
+    assert all(c.seconds == c.denoise_seconds + c.clean_seconds > 0 for c in chunks)
+
+
+def test_the_last_clean_pass_never_runs(
+    tree: WanModel, text: TextContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[float] = []
+
+    def counted(tree, x, timesteps, *rest):  # noqa: ANN001, ANN202
+        calls.append(float(timesteps[0, 0]))
+        return wan_forward(tree, x, timesteps, *rest)
+
+    monkeypatch.setattr("lightforcing.lightforcing_core.rollout.wan_forward", counted)
+    chunks = run(tree, text, RolloutSettings(6, 2, STEPS))
+    assert calls == [1000, 500, 0, 1000, 500, 0, 1000, 500]
+    assert [c.statistics.forwards for c in chunks] == [2, 3, 3]
+
+
+def test_a_longer_video_begins_with_the_shorter_one(tree: WanModel, text: TextContext) -> None:
+    short = run(tree, text, RolloutSettings(4, 2, STEPS))
+    long = run(tree, text, RolloutSettings(8, 2, STEPS))
+    for a, b in zip(short, long, strict=False):
+        assert torch.equal(a.latents, b.latents)
+
+
+def test_the_seed_decides(tree: WanModel, text: TextContext) -> None:
+    settings = RolloutSettings(2, 2, STEPS)
+    first, again, other = (run(tree, text, settings, seed)[0].latents for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2, 4])
+def test_cancelling_stops_before_the_next_forward(
+    tree: WanModel, text: TextContext, allowed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forwards = 0
+
+    def counted(*arguments):  # noqa: ANN002, ANN202
+        nonlocal forwards
+        forwards += 1
+        return wan_forward(*arguments)
+
+    monkeypatch.setattr("lightforcing.lightforcing_core.rollout.wan_forward", counted)
+    noise = SeededNoise(0, SHAPE)
+    chunks = rollout(
+        tree, RolloutSettings(6, 2, STEPS), text, noise, should_stop=lambda: forwards >= allowed
+    )
+    with pytest.raises(Cancelled):
+        list(chunks)
+    assert forwards == allowed
+
+
+def test_a_consumer_may_leave_early_and_keeps_its_grad_mode(
+    tree: WanModel, text: TextContext
+) -> None:
+    chunks = rollout(tree, RolloutSettings(6, 2, STEPS), text, SeededNoise(0, SHAPE))
+    next(chunks)
+    assert torch.is_grad_enabled()
+    chunks.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_frames": 0}, "at least 1"),
+        ({"frames_per_chunk": 0}, "at least 1"),
+        ({"steps": ()}, "step list"),
+        ({"steps": (500, 800)}, "step list"),
+        ({"window_frames": 0}, "window"),
+        ({"window_frames": 2}, "does not fit a window"),
+        ({"window_frames": 3, "sink_frames": 1}, "does not fit a window"),
+        ({"sink_frames": 1}, "without a window"),
+        ({"context_timestep": 1000.0}, "clean pass"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(
+    tree: WanModel, text: TextContext, changes: dict[str, object], message: str
+) -> None:
+    values = {"num_frames": 6, "frames_per_chunk": 3, "steps": STEPS, **changes}
+    with pytest.raises(UserError, match=message):
+        run(tree, text, RolloutSettings(**values))
+
+
+def test_latents_that_do_not_divide_by_the_patch_are_refused(
+    tree: WanModel, text: TextContext
+) -> None:
+    with pytest.raises(UserError, match="divide by the patch"):
+        list(rollout(tree, RolloutSettings(2, 2), text, SeededNoise(0, (1, 16, 5, 4))))
+
+
+def test_embeddings_of_another_model_are_refused(tree: WanModel) -> None:
+    for shape in ((1, 4, 9), (1, 7, 8), (4, 8)):
+        with pytest.raises(UserError, match="prompt embeddings"):
+            prepare_text(tree, torch.randn(shape))
+
+
+def test_the_forward_runs_on_a_foreign_tree_with_wans_names(
+    tree: WanModel, text: TextContext
+) -> None:
+    """A host's tree may wrap its layers and keep other classes; only names count."""
+
+    class Casting(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Linear) -> None:
+            super().__init__()
+            self.inner = inner
+            self.weight = inner.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+    class Holder(torch.nn.Module):
+        pass
+
+    foreign = Holder()
+    for name in ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "head"):
+        setattr(foreign, name, getattr(tree, name))
+    foreign.blocks = torch.nn.ModuleList()
+    for block in tree.blocks:
+        copy = Holder()
+        for name in ("norm1", "norm2", "norm3", "cross_attn", "ffn", "modulation"):
+            setattr(copy, name, getattr(block, name))
+        copy.self_attn = Holder()
+        for name in ("norm_q", "norm_k"):
+            setattr(copy.self_attn, name, getattr(block.self_attn, name))
+        for name in ("q", "k", "v", "o"):
+            setattr(copy.self_attn, name, Casting(getattr(block.self_attn, name)))
+        foreign.blocks.append(copy)
+    for name in ("num_heads", "freq_dim", "text_len", "patch_size"):
+        setattr(foreign, name, getattr(tree, name))
+    settings = RolloutSettings(4, 2, STEPS)
+    for ours, theirs in zip(run(tree, text, settings), run(foreign, text, settings), strict=True):
+        assert torch.equal(ours.latents, theirs.latents)
