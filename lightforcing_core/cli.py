@@ -93,9 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     _add_generate(command("generate", _generate, "Make a video from a prompt."))
-    verify = command(
-        "verify", _verify, "Recompute golden files of the published implementations."
-    )
+    verify = command("verify", _verify, "Recompute golden files of the published implementations.")
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
     verify.add_argument(
         "--write", type=Path, metavar="OUT", help="store what was computed as safetensors"
@@ -238,4 +236,3 @@ def _doctor(arguments: argparse.Namespace) -> int:
         _say(f"  {'yes' if backend['available'] else 'no ':<4}{backend['name']}")
         _say(f"       {backend['reason']}")
     return 0
-

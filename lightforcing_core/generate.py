@@ -289,4 +289,3 @@ def _to_bytes(frames: Tensor) -> Tensor:
             "try --dtype float32, and check the model with `lightforcing inspect`"
         )
     return (frames[0] * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
-

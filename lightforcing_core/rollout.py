@@ -177,9 +177,7 @@ class _Denoiser:
         self.velocity(latents, timestep, frames, self.positions(frames, latents))
         self.cache.commit()
 
-    def denoise(
-        self, noise: NoiseSource, steps: Sequence[float], frames: Sequence[int]
-    ) -> Tensor:
+    def denoise(self, noise: NoiseSource, steps: Sequence[float], frames: Sequence[int]) -> Tensor:
         """Clean latents of the open chunk, float32 [B, C, F, h, w]."""
         latents = noise.initial(frames).float()
         positions = self.positions(frames, latents)

@@ -45,9 +45,7 @@ class _Computed:
     value: Tensor
 
 
-def verify_files(
-    paths: Sequence[str | Path], write: str | Path | None = None
-) -> list[CaseResult]:
+def verify_files(paths: Sequence[str | Path], write: str | Path | None = None) -> list[CaseResult]:
     """Recompute every case of every file.
 
     Args:
@@ -99,9 +97,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _recompute(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> Iterator[_Computed]:
+def _recompute(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[_Computed]:
     described = {key: json.loads(metadata[key]) for key in ("golden", "vae") if key in metadata}
     if "vae" in described:
         yield from _vae_cases(tensors)
@@ -148,9 +144,7 @@ class RecordedNoise:
         return self._renoise[draw : draw + 1, :, : len(frames)]
 
 
-def _rollout_cases(
-    tensors: Mapping[str, Tensor], golden: Mapping[str, Any]
-) -> Iterator[_Computed]:
+def _rollout_cases(tensors: Mapping[str, Tensor], golden: Mapping[str, Any]) -> Iterator[_Computed]:
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     sizes = golden["config"]
     config = WanConfig.from_tensors(

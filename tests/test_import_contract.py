@@ -21,7 +21,10 @@ FORBIDDEN_ROOMS = {"lightforcing_core": {"nodes", "training"}, "training": {"nod
 
 
 def _files() -> list[Path]:
-    return [ROOT / "__init__.py", *(f for room in ROOMS for f in sorted((ROOT / room).rglob("*.py")))]
+    return [
+        ROOT / "__init__.py",
+        *(f for room in ROOMS for f in sorted((ROOT / room).rglob("*.py"))),
+    ]
 
 
 def _imports(path: Path) -> Iterator[tuple[int, str, bool]]:

@@ -161,9 +161,7 @@ def wan_forward(
     embedded = embedded.view(batch, frames, 1, -1)
 
     for layer, block in enumerate(tree.blocks):
-        hidden = _block(
-            block, layer, hidden, modulation, tree.num_heads, positions, text, attend
-        )
+        hidden = _block(block, layer, hidden, modulation, tree.num_heads, positions, text, attend)
 
     shift, scale = (_parameter(tree.head.modulation, embedded) + embedded).unbind(2)
     out = tree.head.head(_modulate(tree.head.norm(hidden), shift, scale))

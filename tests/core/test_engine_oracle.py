@@ -254,9 +254,7 @@ def test_rollout_equals_the_oracle(name: str) -> None:
     tree = random_tree(small_config())
     noise = SeededNoise(7, (1, 16, HEIGHT, WIDTH))
     text = torch.randn(6, tree.config.text_dim)
-    expected = oracle_rollout(
-        tree, noise, text, chunks, steps=[STEPS] * len(chunks), **visibility
-    )
+    expected = oracle_rollout(tree, noise, text, chunks, steps=[STEPS] * len(chunks), **visibility)
     assert_same(run_engine(tree, noise, text, settings), expected)
 
 

@@ -60,7 +60,8 @@ def test_cuda_equals_cpu(settings: RolloutSettings) -> None:
 def test_noise_is_the_same_on_both_devices() -> None:
     shape = (1, 16, 8, 8)
     assert torch.equal(
-        SeededNoise(1, shape, "cuda").initial(range(3)).cpu(), SeededNoise(1, shape).initial(range(3))
+        SeededNoise(1, shape, "cuda").initial(range(3)).cpu(),
+        SeededNoise(1, shape).initial(range(3)),
     )
 
 
@@ -80,9 +81,7 @@ def test_a_cancelled_run_gives_its_memory_back() -> None:
     gc.collect()
     before = torch.cuda.memory_allocated()
     calls = iter([False] * 7 + [True] * 99)
-    chunks = rollout(
-        tree, RolloutSettings(9, 3), text, noise, should_stop=lambda: next(calls)
-    )
+    chunks = rollout(tree, RolloutSettings(9, 3), text, noise, should_stop=lambda: next(calls))
     with pytest.raises(Cancelled):
         for _ in chunks:
             pass

@@ -65,7 +65,9 @@ def test_visible_frames_are_those_of_a_list_that_drops_its_oldest(
         assert sorted(cache.slot_frames) == model
         for layer in range(spec.num_layers):
             k, v = cache.visible(layer)
-            expected = torch.cat([keys_of(spec, range(f, f + 1), layer) for f in cache.slot_frames], 1)
+            expected = torch.cat(
+                [keys_of(spec, range(f, f + 1), layer) for f in cache.slot_frames], 1
+            )
             assert torch.equal(k, expected)
             assert torch.equal(v, -expected)
         cache.commit()
@@ -155,7 +157,9 @@ def test_memory_is_reported_before_it_is_taken(caplog: pytest.LogCaptureFixture)
     assert "GiB free" in caplog.text
 
 
-@pytest.mark.parametrize("changes", [{"capacity_frames": 0}, {"sink_frames": 6}, {"sink_frames": -1}])
+@pytest.mark.parametrize(
+    "changes", [{"capacity_frames": 0}, {"sink_frames": 6}, {"sink_frames": -1}]
+)
 def test_impossible_sizes_are_refused(changes: dict[str, int]) -> None:
     with pytest.raises(UserError):
         small_spec(**changes)

@@ -60,8 +60,10 @@ def test_given_frames_put_the_odd_remainder_first(frames: int, per_chunk: int) -
 
 def test_self_forcing_steps() -> None:
     """ar_systems 1.2: 1000, 937.5, 833.33, 625 with shift 5; shift 8 is the demo's mistake."""
-    assert SELF_FORCING_STEPS == pytest.approx((1000, 937.5, 833.3333333, 625))
-    assert warp_steps((1000, 750, 500, 250), 8) == pytest.approx((1000, 960, 888.888889, 727.272727))
+    assert pytest.approx((1000, 937.5, 833.3333333, 625)) == SELF_FORCING_STEPS
+    assert warp_steps((1000, 750, 500, 250), 8) == pytest.approx(
+        (1000, 960, 888.888889, 727.272727)
+    )
 
 
 @pytest.mark.parametrize("steps", [(), (0,), (1001,), (500, 500), (500, 800), (float("nan"),)])

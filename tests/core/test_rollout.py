@@ -37,7 +37,11 @@ def run(tree: WanModel, text: TextContext, settings: RolloutSettings, seed: int 
 def test_statistics_say_what_happened(tree: WanModel, text: TextContext) -> None:
     settings = RolloutSettings(7, 3, STEPS, window_frames=5, sink_frames=1)
     chunks = [chunk.statistics for chunk in run(tree, text, settings)]
-    assert [(c.index, c.first_frame, c.num_frames) for c in chunks] == [(0, 0, 3), (1, 3, 3), (2, 6, 1)]
+    assert [(c.index, c.first_frame, c.num_frames) for c in chunks] == [
+        (0, 0, 3),
+        (1, 3, 3),
+        (2, 6, 1),
+    ]
     assert [c.kv_frames for c in chunks] == [3, 5, 5]
     assert all((c.sparsity, c.density) == (0.0, 1.0) for c in chunks)
     assert all(c.seconds == c.denoise_seconds + c.clean_seconds > 0 for c in chunks)
@@ -48,7 +52,7 @@ def test_the_last_clean_pass_never_runs(
 ) -> None:
     calls: list[float] = []
 
-    def counted(tree, x, timesteps, *rest):  # noqa: ANN001, ANN202
+    def counted(tree, x, timesteps, *rest):
         calls.append(float(timesteps[0, 0]))
         return wan_forward(tree, x, timesteps, *rest)
 
@@ -78,7 +82,7 @@ def test_cancelling_stops_before_the_next_forward(
 ) -> None:
     forwards = 0
 
-    def counted(*arguments):  # noqa: ANN002, ANN202
+    def counted(*arguments):
         nonlocal forwards
         forwards += 1
         return wan_forward(*arguments)
