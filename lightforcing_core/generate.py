@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .checkpoints.load import LoadedModel, Preset, load_model
 from .embedded import EMBEDDED_MODEL, EMBEDDED_VAE
-from .errors import UserError
+from .errors import Cancelled, UserError
 from .layout import FrameSize, latent_frames
 from .noise import SeededNoise
 from .rollout import ChunkStatistics, RolloutSettings, rollout
 from .text.load import load_text_encoder
 from .vae.load import load_vae
 from .vae.streaming import VideoVAE
-from .video_io import VideoWriter, load_image
+from .video_io import VideoWriter, frames_to_uint8, load_image
 from .wan.forward import TextContext, prepare_text
 
 log = logging.getLogger("lightforcing")
@@ -133,6 +134,8 @@ def generate(
         UserError: bad input; nothing is left under the final name.
         Cancelled: `should_stop` said so; the frames so far stay in a file that says so.
     """
+    if not request.out.parent.is_dir():
+        raise UserError(f"cannot write {request.out}: the folder {request.out.parent} is missing")
     device, dtype = _placement(request)
     started = time.perf_counter()
     job = _prepare(request, device, dtype)
@@ -141,13 +144,18 @@ def generate(
     started = time.perf_counter()
     reports: list[ChunkReport] = []
     size = job.size
-    with VideoWriter(request.out, size.width, size.height, FRAME_RATE) as writer:
-        for frames, report in _stream(job, request.seed, should_stop):
-            writer.write(frames)
-            if report is not None:
-                reports.append(report)
-                on_chunk(report)
-        seconds = time.perf_counter() - started
+    writer = VideoWriter(request.out, size.width, size.height, FRAME_RATE)
+    try:
+        with writer:
+            for frames, report in _stream(job, request.seed, should_stop):
+                writer.write(frames)
+                if report is not None:
+                    reports.append(report)
+                    on_chunk(report)
+            seconds = time.perf_counter() - started
+    except (Cancelled, KeyboardInterrupt) as error:
+        kept = f"the first {writer.frames_written} frames are in {writer.saved_path}"
+        raise Cancelled(f"stopped; {kept if writer.saved_path else 'nothing was made'}") from error
     return GenerateResult(
         out=request.out,
         frames=writer.frames_written,
@@ -249,13 +257,13 @@ def _settings(request: GenerateRequest, preset: Preset) -> tuple[RolloutSettings
 
 def _stream(
     job: _Job, seed: int, should_stop: Callable[[], bool]
-) -> Iterator[tuple[Tensor, ChunkReport | None]]:
+) -> Iterator[tuple[np.ndarray, ChunkReport | None]]:
     """Frames uint8 [t, H, W, 3] on the host as they are made, with a report per chunk."""
     decoder = job.vae.new_decoder()
     given = None
     if job.start_frame is not None:
         given = job.vae.new_encoder().encode(job.start_frame.to(job.device, job.dtype))
-        yield _to_bytes(decoder.decode(given)), None
+        yield frames_to_uint8(decoder.decode(given)), None
     channels = job.model.config.in_dim
     shape = (1, channels, job.size.latent_height, job.size.latent_width)
     noise = SeededNoise(seed, shape, job.device)
@@ -270,7 +278,7 @@ def _stream(
         should_stop=should_stop,
     ):
         started = time.perf_counter()
-        frames = _to_bytes(decoder.decode(chunk.latents.to(job.dtype)))
+        frames = frames_to_uint8(decoder.decode(chunk.latents.to(job.dtype)))
         report = ChunkReport(
             index=chunk.statistics.index,
             num_chunks=num_chunks,
@@ -279,13 +287,3 @@ def _stream(
             decode_seconds=time.perf_counter() - started,
         )
         yield frames, report
-
-
-def _to_bytes(frames: Tensor) -> Tensor:
-    """float [1, t, 3, H, W] in 0..1 to uint8 [t, H, W, 3] on the host."""
-    if not bool(torch.isfinite(frames).all()):
-        raise UserError(
-            "the video turned into NaN; the weights and the data type do not fit together: "
-            "try --dtype float32, and check the model with `lightforcing inspect`"
-        )
-    return (frames[0] * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu()
