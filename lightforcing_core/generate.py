@@ -209,7 +209,13 @@ def _prepare(request: GenerateRequest, device: torch.device, dtype: torch.dtype)
             f"{missing} missing: a model of your own needs its Wan 2.1 VAE (or TAEHV, LightVAE) "
             "and its UMT5 text encoder; leave --model out to use the embedded one"
         )
+    for path in (request.model, request.vae, request.text_encoder, request.start_image):
+        if path is not None and not path.exists():
+            raise UserError(f"no such file: {path}; check the path")
+    embeds = _encode(request, device, dtype)
     model = load_model(request.model or EMBEDDED_MODEL, device=device, dtype=dtype)
+    with torch.no_grad():
+        text = prepare_text(model.tree, embeds)
     settings, size = _settings(request, model.preset)
     vae = load_vae(
         request.vae or EMBEDDED_VAE, device=device, dtype=dtype, latents=request.vae_latents
@@ -217,17 +223,19 @@ def _prepare(request: GenerateRequest, device: torch.device, dtype: torch.dtype)
     start_frame = None
     if request.start_image is not None:
         start_frame = load_image(request.start_image, size.width, size.height)[:, None]
+    return _Job(model, vae, text, settings, size, start_frame, device, dtype)
 
+
+def _encode(request: GenerateRequest, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Prompt embeddings. The encoder is gone when this returns: UMT5 is several times the size
+    of the denoiser, and the two need not be in memory together."""
     encoder = load_text_encoder(request.text_encoder, device, dtype)
-    with torch.no_grad():
-        embeds = encoder.encode(request.prompt).to(device=device, dtype=dtype)
-        text = prepare_text(model.tree, embeds)
-    # UMT5 is several times the size of the denoiser: give its memory back before sampling.
+    embeds = encoder.encode(request.prompt).to(device=device, dtype=dtype)
     del encoder
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return _Job(model, vae, text, settings, size, start_frame, device, dtype)
+    return embeds
 
 
 def _settings(request: GenerateRequest, preset: Preset) -> tuple[RolloutSettings, FrameSize]:
