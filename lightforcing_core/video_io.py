@@ -35,11 +35,7 @@ _APART = {
 
 
 def _ffmpeg() -> str:
-    """Path of the ffmpeg program.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Path of the ffmpeg program; UserError where there is none."""
     try:
         import imageio_ffmpeg
     except ImportError as error:
@@ -119,6 +115,8 @@ class VideoWriter:
             raise ValueError(f"fps must be positive, got {fps}")
         if not 0 <= crf <= 51:
             raise ValueError(f"crf must be 0 to 51, got {crf}")
+        # ffmpeg reads "-name" as an option and "a:name" as a protocol.
+        self._absolute = self.path.absolute()
         self.width = width
         self.height = height
         self.fps = fps
@@ -136,12 +134,12 @@ class VideoWriter:
     @property
     def partial_path(self) -> Path:
         """The file while the video is under way."""
-        return self.path.with_suffix(".partial.mp4")
+        return self._absolute.with_suffix(".partial.mp4")
 
     @property
     def interrupted_path(self) -> Path:
         """Where the playable part stays when the video was not completed."""
-        return self.path.with_suffix(".interrupted.mp4")
+        return self._absolute.with_suffix(".interrupted.mp4")
 
     @property
     def saved_path(self) -> Path | None:
@@ -149,18 +147,21 @@ class VideoWriter:
         return self._saved_path
 
     def __enter__(self) -> VideoWriter:
+        command = self._command()
         self._check_target()
-        self._messages = tempfile.TemporaryFile()
+        messages = tempfile.TemporaryFile()
         try:
             self._process = subprocess.Popen(
-                self._command(), stdin=subprocess.PIPE, stderr=self._messages, **_APART
+                command, stdin=subprocess.PIPE, stderr=messages, **_APART
             )
         except OSError as error:
+            messages.close()
             self.partial_path.unlink(missing_ok=True)
             raise UserError(
                 f"cannot start ffmpeg ({error}): install ffmpeg, or set IMAGEIO_FFMPEG_EXE to its "
                 "path"
             ) from error
+        self._messages = messages
         return self
 
     def _check_target(self) -> None:
@@ -277,7 +278,7 @@ class VideoWriter:
 
     def _publish(self, target: Path) -> None:
         """Repackage the partial file as a plain mp4 under its last name."""
-        packed = self.path.with_suffix(".packing.mp4")
+        packed = self._absolute.with_suffix(".packing.mp4")
         try:
             result = _run(
                 "-i", str(self.partial_path), "-c", "copy", "-movflags", "+faststart", "-y",
@@ -324,14 +325,7 @@ def _has_a_frame(path: Path) -> bool:
 
 
 def iterate_video(path: str | Path) -> Iterator[np.ndarray]:
-    """Frames of a video, one by one.
-
-    Yields:
-        uint8 [H, W, 3].
-
-    Raises:
-        UserError: no such file, or ffmpeg finds no video in it.
-    """
+    """Frames of a video, uint8 [H, W, 3], one by one; raises UserError as `read_video` does."""
     for frame, _ in _read_frames(Path(path)):
         yield frame
 
