@@ -83,8 +83,10 @@ def _from_wan_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _without_scales(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Multiply fp8 weights by their scales and drop the scales and markers."""
+def _without_scales(
+    tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Multiply fp8 weights by their scales, on the device, and drop the scales and markers."""
     scales = {}
     plain = {}
     for name, tensor in tensors.items():
@@ -104,7 +106,7 @@ def _without_scales(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str,
                 f"{scale.numel()} scales); give the fp16 or bf16 file of UMT5-XXL "
                 "(umt5_xxl_fp16.safetensors)"
             )
-        plain[name] = (plain[name].float() * scale.float()).to(dtype)
+        plain[name] = (plain[name].to(device).float() * scale.to(device).float()).to(dtype)
     return plain
 
 
@@ -260,7 +262,7 @@ class UMT5Encoder:
         else:
             tokenizer = _sentencepiece_tokenizer(data=piece.numpy().tobytes())
         try:
-            plain = _without_scales(encoder_only, dtype)
+            plain = _without_scales(encoder_only, device, dtype)
             model = _build({k: v.to(device=device, dtype=dtype) for k, v in plain.items()})
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
