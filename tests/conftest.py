@@ -23,6 +23,12 @@ def golden_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny networks only lose time to threads that wait for each other on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_random_state(request: pytest.FixtureRequest) -> None:
     """Every test draws its own inputs, the same in every run of that test."""
