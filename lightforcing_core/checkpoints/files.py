@@ -51,6 +51,18 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]
     return _read_safetensors(path, head)
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Metadata of a safetensors file without its tensors; empty for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
 def _read_safetensors(path: Path, head: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     size = path.stat().st_size
     header_bytes = int.from_bytes(head[:8], "little")

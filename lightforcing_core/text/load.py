@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checkpoints.files import read_metadata
 from ..embedded import EMBEDDED_TEXT
 from .embedded import EmbeddedTextEncoder
 
@@ -21,9 +22,11 @@ class TextEncoder(Protocol):
 def load_text_encoder(
     path: str | Path | None, device: torch.device | str, dtype: torch.dtype
 ) -> TextEncoder:
-    """The embedded encoder when no path is given, else UMT5 from a file or folder."""
-    if path is None or Path(path) == EMBEDDED_TEXT:
+    """The embedded encoder for None or a file of its kind, else UMT5 from a file or folder."""
+    if path is None:
         return EmbeddedTextEncoder.load(EMBEDDED_TEXT)
+    if "embedded_text" in read_metadata(path).get("lightforcing", ""):
+        return EmbeddedTextEncoder.load(path)
     # Late: UMT5 pulls in transformers, an optional extra.
     from .umt5 import UMT5Encoder
 
