@@ -2,9 +2,9 @@
 
 Clips are rendered as training runs, each from a random time of a random scene, and always encoded
 from the start of a stream (first frame repeated four times), so the start is trained as often as
-the rest. Latents are normalised by running statistics while training; at the end the normalisation
-moves into the encoder's last and the decoder's first convolution, so files hold a plain TAEHV whose
-latents have mean 0 and variance 1 per channel. The decoder sees latents with a little noise: it
+the rest. Latents are normalised by their batch while training; at the end the normalisation
+moves into the encoder's last convolution, so files hold a plain TAEHV whose latents have mean 0 and
+variance 1 per channel. The decoder sees latents with a little noise: it
 learns to hide the small errors that a denoiser makes.
 """
 
@@ -17,7 +17,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..lightforcing_core.vae.taehv import FRAMES_PER_LATENT, FRAMES_TO_TRIM, TAEHV, TAEHVConfig
+from ..lightforcing_core.vae.taehv import (
+    FRAMES_PER_LATENT,
+    FRAMES_TO_TRIM,
+    TAEHV,
+    MemBlock,
+    TAEHVConfig,
+)
 from .common import (
     Run,
     Sizes,
@@ -36,14 +42,30 @@ METADATA = {
     )
 }
 _LATENT_NOISE = 0.1
-_PEAK_RATE = 2e-3
+_PEAK_RATE = 1.5e-3
 
 
 def build_autoencoder(sizes: Sizes) -> TAEHV:
-    """A TAEHV of these widths with fresh weights."""
-    return TAEHV(
+    """A TAEHV of these widths with fresh weights that keep the size of signals.
+
+    The default initialisation shrinks them by a factor of ten on the way to the latents; training
+    then stays at the mean picture for long.
+    """
+    model = TAEHV(
         TAEHVConfig(decoder_widths=sizes.decoder_widths, encoder_width=sizes.encoder_width)
     )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, MemBlock):
+                module.conv[4].weight.mul_(0.2)
+        model.decoder[22].weight.mul_(0.1)
+        model.decoder[22].bias.fill_(0.5)
+    return model
 
 
 def pad_front(frames: Tensor) -> Tensor:
@@ -77,22 +99,17 @@ def random_clips(
     return render(scenes, start + torch.arange(length, device=generator.device))
 
 
-class LatentNorm(nn.Module):
-    """Running mean and variance per latent channel, applied as normalisation."""
+def _wide_convolution(name: str, parameter: Tensor) -> bool:
+    """What Muon trains: not biases, pictures or latents."""
+    return parameter.ndim == 4 and min(parameter.shape[:2]) > 16
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("variance", torch.ones(channels))
 
-    def forward(self, latents: Tensor, momentum: float) -> Tensor:
-        """[B, T, C, h, w] -> normalised, updating the statistics (momentum 1: this batch's)."""
-        values = latents.float()
-        with torch.no_grad():
-            self.mean.lerp_(values.mean((0, 1, 3, 4)), momentum)
-            self.variance.lerp_(values.var((0, 1, 3, 4)), momentum)
-        mean, scale = self.mean.clone(), self.variance.clone().add(1e-6).rsqrt()
-        return (values - mean[:, None, None]) * scale[:, None, None]
+def normalise(latents: Tensor) -> Tensor:
+    """Mean 0 and variance 1 per channel over the batch: [B, T, C, h, w], float32."""
+    values = latents.float()
+    mean = values.mean((0, 1, 3, 4), keepdim=True)
+    variance = values.var((0, 1, 3, 4), keepdim=True)
+    return (values - mean) * (variance + 1e-6).rsqrt()
 
 
 @torch.no_grad()
@@ -112,27 +129,41 @@ def fold_normalisation(model: TAEHV, clips: Sequence[Tensor]) -> None:
 
 
 def reconstruction_loss(decoded: Tensor, frames: Tensor) -> Tensor:
-    """L1 of the pixels plus L1 of their differences along x, y and time."""
-    loss = (decoded - frames).abs().mean()
+    """L1 of the pixels and of their differences along x, y and time, plus a squared error.
+
+    L1 alone is content with the median, the background, for a long time.
+    """
+    error = decoded - frames
+    loss = error.abs().mean() + 2 * error.square().mean()
     for dim in (1, 3, 4):
         loss = loss + 0.5 * (decoded.diff(dim=dim) - frames.diff(dim=dim)).abs().mean()
     return loss
 
 
-def train_autoencoder(run: Run, model: TAEHV) -> TAEHV:
-    """Train in place and return the averaged network, latents normalised."""
+def train_autoencoder(run: Run, model: TAEHV, *, decoder_only: bool = False) -> TAEHV:
+    """Train in place and return the averaged network, latents normalised.
+
+    With `decoder_only`, the latents stay what they are: for polishing after a denoiser was trained.
+    """
     device, sizes = run.device, run.sizes
     model = model.to(device)
     model = model.to(memory_format=torch.channels_last) if run.fast else model
-    norm = LatentNorm(model.config.latent_channels).to(device)
     generator = run.generator(1)
     optimizer = MasterOptimizer(
-        model, muon_names=None, ema=0.998, clip=0.5, weight_decay=0.0, betas=(0.9, 0.99)
+        model.decoder if decoder_only else model,
+        use_muon=_wide_convolution,
+        ema=0.998,
+        weight_decay=0.0,
+        betas=(0.9, 0.95),
     )
 
-    def forward(frames: Tensor, noise: Tensor, momentum: float) -> Tensor:
+    def forward(frames: Tensor, noise: Tensor) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=run.fast):
-            latents = norm(model.encode(pad_front(frames))[0], momentum)
+            if decoder_only:
+                with torch.no_grad():
+                    latents = model.encode(pad_front(frames))[0].float()
+            else:
+                latents = normalise(model.encode(pad_front(frames))[0])
             decoded = model.decode(latents + _LATENT_NOISE * noise)[0][:, FRAMES_TO_TRIM:]
         excess = (latents.abs() - 3).clamp(min=0).square().mean()
         return reconstruction_loss(decoded.float(), frames) + 0.1 * excess
@@ -146,7 +177,7 @@ def train_autoencoder(run: Run, model: TAEHV) -> TAEHV:
             sizes.autoencoder_batch, sizes.autoencoder_latents, 16, 16, 32,
             generator=generator, device=device,
         )  # fmt: skip
-        loss = compiled(frames, noise, 0.02)
+        loss = compiled(frames, noise)
         loss.backward()
         optimizer.step(learning_rate(_PEAK_RATE, clock.used))
         losses.append(loss.detach())
@@ -163,7 +194,10 @@ def train_autoencoder(run: Run, model: TAEHV) -> TAEHV:
             losses.clear()
         if not going:
             break
-    model.load_state_dict({k: v.to(device) for k, v in optimizer.averaged().items()})
+    trained = model.decoder if decoder_only else model
+    trained.load_state_dict(optimizer.averaged())
+    if decoder_only:
+        return model.eval()
     with torch.no_grad():
         fold_normalisation(
             model,
@@ -196,12 +230,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m lightforcing.training.autoencoder --out FILE`."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_run_arguments(parser, seconds=180)
+    parser.add_argument("--decoder-only", action="store_true", help="keep the latents as they are")
     arguments = parser.parse_args(argv)
     run = run_from_arguments(arguments)
     model = build_autoencoder(run.sizes)
     if arguments.resume:
         load_weights(model, arguments.resume)
-    model = train_autoencoder(run, model)
+    model = train_autoencoder(run, model, decoder_only=arguments.decoder_only)
     save_weights(arguments.out, model.state_dict(), torch.float16, METADATA)
     run.log.write(
         "autoencoder_done",

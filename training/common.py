@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,13 +36,13 @@ class Sizes:
     ffn_dim: int = 640
     num_heads: int = 2
     num_layers: int = 7
-    pool_clips: int = 20480
-    pool_openings: int = 131072
+    pool_clips: int = 8192
+    pool_openings: int = 65536
     batch_clips: int = 32
     batch_openings: int = 128
     autoencoder_batch: int = 8
     autoencoder_latents: int = 5
-    rollout_clips: int = 128
+    rollout_clips: int = 64
     latent_frames: int = 21
 
 
@@ -64,6 +65,23 @@ TINY = Sizes(
 )
 
 
+_AGREE_EVERY_STEPS = 20
+
+
+def is_distributed() -> bool:
+    """Whether several processes train together, each on a GPU of its own (torchrun's variables)."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def join_processes() -> int:
+    """Join the other processes if there are any; returns this one's rank."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl")
+    return torch.distributed.get_rank()
+
+
 class Clock:
     """A stage's time budget; learning rates follow the share of it that is used."""
 
@@ -72,6 +90,12 @@ class Clock:
         self.max_steps = max_steps
         self.step = 0
         self._started = time.monotonic()
+        self._agreed: float | None = 0.0 if is_distributed() else None
+
+    @property
+    def spent(self) -> float:
+        """Seconds of the budget used."""
+        return self.used * self.seconds
 
     def restart(self) -> None:
         """Count from now, keeping the end: for when compilation is over."""
@@ -82,6 +106,9 @@ class Clock:
     @property
     def used(self) -> float:
         """Share of the budget used, 0..1, by time or by steps."""
+        return self._agreed if self._agreed is not None else self._own_share()
+
+    def _own_share(self) -> float:
         by_time = (time.monotonic() - self._started) / max(self.seconds, 1e-3)
         by_steps = self.step / self.max_steps if self.max_steps else 0.0
         return min(max(by_time, by_steps), 1.0)
@@ -89,6 +116,11 @@ class Clock:
     def tick(self) -> bool:
         """Count one step; False when the budget is spent."""
         self.step += 1
+        if is_distributed() and self.step % _AGREE_EVERY_STEPS == 0:
+            # All processes must take the same learning rate and stop at the same step.
+            share = torch.tensor([self._own_share()], device="cuda")
+            torch.distributed.broadcast(share, src=0)
+            self._agreed = share.item()
         return self.used < 1.0
 
 
@@ -131,6 +163,7 @@ class Run:
     sizes: Sizes
     log: JsonLog
     max_steps: int | None = None
+    rank: int = 0
 
     @property
     def fast(self) -> bool:
@@ -142,7 +175,9 @@ class Run:
         return torch.bfloat16 if self.fast else torch.float32
 
     def generator(self, stream: int = 0) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(self.seed * 1000 + stream)
+        return torch.Generator(self.device).manual_seed(
+            (self.seed * 64 + self.rank) * 1000 + stream
+        )
 
     def clock(self) -> Clock:
         return Clock(self.seconds, self.max_steps)
@@ -165,6 +200,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> Run:
     import sys
 
     torch.manual_seed(arguments.seed)
+    rank = join_processes()
     if arguments.device.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -174,8 +210,12 @@ def run_from_arguments(arguments: argparse.Namespace) -> Run:
         seconds=arguments.seconds,
         seed=arguments.seed,
         sizes=TINY if arguments.tiny else FULL,
-        log=JsonLog(log_path, lambda line: sys.stdout.write(line + "\n") and sys.stdout.flush()),
+        log=JsonLog(
+            log_path if rank == 0 else None,
+            lambda line: rank == 0 and sys.stdout.write(line + "\n") and sys.stdout.flush(),
+        ),
         max_steps=arguments.max_steps,
+        rank=rank,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,12 @@ from ..lightforcing_core.wan.forward import (
     wan_forward,
 )
 from ..lightforcing_core.wan.modules import WanModel
-from .block_causal import block_causal_attention
+from .block_causal import (
+    BlockMask,
+    block_causal_attention,
+    block_causal_mask,
+    flex_block_causal_attention,
+)
 from .common import Sizes
 from .pool import CHUNK
 from .scenes import FRAMES, HEIGHT, WIDTH
@@ -99,6 +105,18 @@ class Positions:
         self.chunks = [table(frames[i : i + CHUNK]) for i in range(0, latent_frames, CHUNK)]
 
 
+def _clip_attend(chunk_tokens: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return block_causal_attention(q, k, v, chunk_tokens)
+
+
+def _flex_clip_attend(mask: BlockMask, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flex_block_causal_attention(q, k, v, mask)
+
+
+def _opening_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dense_attention(q, k, v)
+
+
 def clip_velocity(
     model: WanModel,
     positions: Positions,
@@ -123,10 +141,11 @@ def clip_velocity(
     tokens = clean.shape[3] * clean.shape[4] // 4 * CHUNK
     timesteps = per_frame(sigma) * TRAIN_TIMESTEPS
     both = torch.cat([clean, noisy], dim=2)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return block_causal_attention(q, k, v, tokens)
-
+    if both.is_cuda:
+        length = 2 * tokens * frames // CHUNK
+        attend = partial(_flex_clip_attend, block_causal_mask(length, tokens, both.device))
+    else:
+        attend = partial(_clip_attend, tokens)
     velocity = wan_forward(
         model,
         both,
@@ -143,16 +162,12 @@ def opening_velocity(
     model: WanModel, positions: Positions, noisy: Tensor, sigma: Tensor, text_rows: Tensor
 ) -> Tensor:
     """Velocity of first chunks: noisy [B, 16, 3, h, w], sigma [B, 1]."""
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return dense_attention(q, k, v)
-
     return wan_forward(
         model,
         noisy,
         per_frame(sigma) * TRAIN_TIMESTEPS,
         range(CHUNK),
         prepare_text(model, text_rows),
-        attend,
+        _opening_attend,
         positions.opening,
     )

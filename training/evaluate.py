@@ -1,7 +1,8 @@
 """Stage 4: make held-out videos with the finished model and judge them.
 
-64 prompts whose first object is a combination of colour, shape, direction and size that training
-never showed, three seeds each, through the engine's own rollout with four steps and no guidance.
+64 prompts with one object and 64 with two or three, three seeds each, through the engine's own
+rollout with four steps and no guidance. The first object of every prompt is a combination of
+colour, shape, direction and size that training never showed.
 """
 
 from __future__ import annotations
@@ -32,15 +33,24 @@ from .scenes import Scenes, prompts, sample_attributes
 from .sheets import contact_sheet
 from .validate_judge import judge_bytes, validate
 
-PROMPTS, SEEDS = 64, (0, 1, 2)
+PROMPTS, SEEDS = 64, 3
+SETS = ("one_object", "several_objects")
 _PROMPT_SEED = 20261122
 _AT_ONCE = 16
 
 
-def held_out_scenes(count: int, device: torch.device) -> Scenes:
-    """The scenes whose prompts are asked; drawn on the CPU, so the same on every machine."""
+def held_out_scenes(number: int, device: torch.device, *, several: bool) -> Scenes:
+    """The scenes whose prompts are asked; drawn on the CPU, so the same on every machine.
+
+    Args:
+        number: how many, at most 1024 / 4.
+        device: where to.
+        several: with two or three objects each instead of one.
+    """
     generator = torch.Generator().manual_seed(_PROMPT_SEED)
-    return sample_attributes(count, generator, held_out_first=True).to(device)
+    scenes = sample_attributes(1024, generator, held_out_first=True)
+    fitting = (scenes.count > 1) == several
+    return scenes.select(fitting.nonzero()[:number, 0]).to(device)
 
 
 @torch.no_grad()
@@ -82,12 +92,15 @@ def spread(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def load_models(sizes: Sizes, run: Run, model_path: Path, vae_path: Path) -> tuple[WanModel, TAEHV]:
-    """Denoiser and autoencoder from files, ready to sample on the run's device."""
+    """Denoiser and autoencoder from files, ready to sample on the run's device.
+
+    The denoiser runs in bf16 everywhere, as its file is stored.
+    """
     model = build_denoiser(sizes)
     load_weights(model, model_path)
     vae = TAEHV.from_state_dict(load_file(vae_path))
     return (
-        model.to(run.device, run.dtype).eval().requires_grad_(False),
+        model.to(run.device, torch.bfloat16).eval().requires_grad_(False),
         vae.to(run.device, run.dtype).eval().requires_grad_(False),
     )
 
@@ -102,29 +115,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--sheet", type=Path, help="contact sheet of some videos, .png")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many noise seeds")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--skip-validation", action="store_true")
     arguments = parser.parse_args(argv)
     run = run_from_arguments(arguments)
     model, vae = load_models(run.sizes, run, arguments.resume, arguments.autoencoder)
     encoder = EmbeddedTextEncoder.load(EMBEDDED_TEXT)
-    scenes = held_out_scenes(arguments.prompts, run.device)
-    texts = prompts(scenes)
-    result: dict[str, object] = {"prompts": len(texts), "seeds": list(SEEDS)}
-    if not arguments.skip_validation:
-        result["judge"] = validate(vae, run.generator(40), len(texts))
-    rows = []
-    for seed in SEEDS:
-        started = time.monotonic()
-        videos = generate(
-            model, vae, encoder, texts, seed=seed, latent_frames=run.sizes.latent_frames
-        )
-        rows.append(judge_bytes(videos, scenes).summary())
-        run.log.write("evaluate", seed=seed, seconds=time.monotonic() - started, **rows[-1])
-        if seed == SEEDS[0] and arguments.sheet:
-            shown = videos[: min(16, len(texts))].float() / 255
-            contact_sheet(shown, texts[: len(shown)], arguments.sheet, columns=9, scale=0.75)
-    result["metrics"] = spread(rows)
+    seeds = tuple(range(arguments.seeds))
+    result: dict[str, object] = {"prompts": arguments.prompts, "seeds": list(seeds)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in arguments.sets:
+        scenes = held_out_scenes(arguments.prompts, run.device, several=name == SETS[1])
+        texts = prompts(scenes)
+        rows = []
+        for seed in seeds:
+            started = time.monotonic()
+            videos = generate(
+                model, vae, encoder, texts, seed=seed, latent_frames=run.sizes.latent_frames
+            )
+            rows.append(judge_bytes(videos, scenes).summary())
+            spent = time.monotonic() - started
+            run.log.write("evaluate", set=name, seed=seed, seconds=spent, **rows[-1])
+            if seed == 0 and arguments.sheet:
+                shown = videos[:16].float() / 255
+                picture = arguments.sheet.with_stem(f"{arguments.sheet.stem}_{name}")
+                contact_sheet(shown, texts[: len(shown)], picture, columns=9, scale=0.75)
+        result[name] = spread(rows)
+        arguments.out.write_text(json.dumps(result, indent=1))
+    if not arguments.skip_validation:
+        result["judge"] = validate(vae, run.generator(40), arguments.prompts)
     arguments.out.write_text(json.dumps(result, indent=1))
     run.log.write("evaluated", judge=result.get("judge"))
 

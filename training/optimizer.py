@@ -10,9 +10,12 @@ that the update has the root mean square of a typical Adam update; one learning 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from .common import is_distributed
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -35,8 +38,8 @@ class MasterOptimizer:
 
     Args:
         module: the network; its parameters get the masters' values after each step.
-        muon_names: parameters whose names contain this text and that are matrices use Muon; None
-            for Adam throughout.
+        use_muon: which parameters use Muon, by name and tensor; convolutions count as matrices
+            [out, in x kernel].
         ema: decay of the moving average per step.
         clip: largest global norm of the gradient.
     """
@@ -45,7 +48,7 @@ class MasterOptimizer:
         self,
         module: nn.Module,
         *,
-        muon_names: str | None = "blocks.",
+        use_muon: Callable[[str, Tensor], bool],
         ema: float = 0.998,
         clip: float = 1.0,
         weight_decay: float = 0.01,
@@ -60,7 +63,7 @@ class MasterOptimizer:
         self.steps = 0
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (name, p) in enumerate(named):
-            if muon_names is not None and muon_names in name and p.ndim == 2:
+            if use_muon(name, p):
                 groups[tuple(p.shape)].append(i)
         self._muon = list(groups.values())
         chosen = {i for group in self._muon for i in group}
@@ -73,6 +76,8 @@ class MasterOptimizer:
     def step(self, rate: float) -> Tensor:
         """Apply the parameters' gradients and clear them; returns the gradient norm (a tensor)."""
         grads = [p.grad.float() for p in self.parameters]
+        if is_distributed():
+            self._average_over_processes(grads)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         torch._foreach_mul_(grads, (self.clip / (norm + 1e-6)).clamp(max=1.0))
         self.steps += 1
@@ -85,6 +90,16 @@ class MasterOptimizer:
         for p in self.parameters:
             p.grad = None
         return norm
+
+    def _average_over_processes(self, grads: list[Tensor]) -> None:
+        flat = torch.cat([g.flatten() for g in grads])
+        torch.distributed.all_reduce(flat, op=torch.distributed.ReduceOp.AVG)
+        parts = flat.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+        if self.steps % 100 == 0:
+            # Masters follow the same gradients everywhere; this removes what rounding adds.
+            for tensor in (*self.masters, *self.average):
+                torch.distributed.broadcast(tensor, src=0)
 
     def _adam_step(self, grads: list[Tensor], rate: float) -> None:
         beta1, beta2 = self.betas
@@ -104,8 +119,9 @@ class MasterOptimizer:
         for group, momentum in zip(self._muon, self._momentum, strict=True):
             own = torch.stack([grads[i] for i in group])
             momentum.lerp_(own, 0.05)
-            update = orthogonalise(torch.lerp(own, momentum, 0.95))
+            update = orthogonalise(torch.lerp(own, momentum, 0.95).flatten(2))
             scale = 0.2 * max(update.shape[1:]) ** 0.5
+            update = update.view_as(own)
             masters = [self.masters[i] for i in group]
             torch._foreach_mul_(masters, 1 - rate * self.weight_decay)
             torch._foreach_add_(masters, list(update.unbind()), alpha=-rate * scale)

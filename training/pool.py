@@ -110,14 +110,15 @@ def build_pool(
     length = 1 + FRAMES_PER_LATENT * (latent_frames - 1)
     times = torch.arange(min(length, FRAMES), device=run.device, dtype=torch.float32)
     model = model.to(run.dtype)
-    draw, encode = render, encode_video
+    if run.fast:
+        model = model.to(memory_format=torch.channels_last)
+    draw = render
     if run.fast:
         draw = torch.compile(render, dynamic=False)
-        encode = torch.compile(encode_video, dynamic=False)
     parts: list[Batch] = []
     at_once = min(at_once, clips)
     for _ in range(-(-clips // at_once)):
         scenes, rows = sample_training(at_once, prompt_rows, generator)
-        latents = encode(model, draw(scenes, times))
+        latents = encode_video(model, draw(scenes, times))
         parts.append(Batch(latents, rows, scenes.placement))
     return Batch(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Batch)))

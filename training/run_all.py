@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import autoencoder, distil, evaluate, teacher
 from .common import Run, add_run_arguments, load_weights, run_from_arguments, save_weights
+from .compiled import compiled_blocks
 from .denoiser import file_metadata
 from .vocabulary import write_table
 
@@ -58,7 +59,8 @@ def make_denoiser(
         def save(tensors: dict[str, Tensor], path: Path = files[stage]) -> None:
             save_weights(path, tensors, torch.bfloat16, file_metadata(run.sizes))
 
-        train(replace(run, seconds=seconds[stage]), model, losses, clips, openings, save)
+        with compiled_blocks(run.fast):
+            train(replace(run, seconds=seconds[stage]), model, losses, clips, openings, save)
         save(model.state_dict())
 
 

@@ -28,7 +28,7 @@ WIDTH, HEIGHT, FRAMES = 256, 128, 81
 MAX_OBJECTS = 3
 PLACEMENT_DIMS = 8  # x and y of three objects, the pillar, one spare
 STEADY_FRAMES = 16  # an object keeps its first direction for at least so many frames
-RADII = (14.0, 22.0)  # pixels, of the circle of the same nominal size
+RADII = (16.0, 24.0)  # pixels, of the circle of the same nominal size
 SPEEDS_PX = (1.25, 2.5)  # pixels per frame
 PAN_PX = 1.25
 PILLAR_HALF_WIDTH = 16.0
@@ -128,7 +128,7 @@ def sample_attributes(
             combos[:, slot] = torch.where(
                 clash[:, None], kept[draw(len(kept), batch)], combos[:, slot]
             )
-    weights = torch.tensor([0.4, 0.35, 0.25], device=device)
+    weights = torch.tensor([0.5, 0.35, 0.15], device=device)
     count = torch.multinomial(weights, batch, replacement=True, generator=generator) + 1
     # After 16 redraws a clash is very rare; dropping the later objects keeps the promise.
     for slot in range(1, MAX_OBJECTS):

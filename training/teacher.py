@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from .common import (
     run_from_arguments,
     save_weights,
 )
+from .compiled import compiled_blocks
 from .conditioning import PromptRows
 from .coupling import COUPLED_ABOVE, imprint
 from .denoiser import (
@@ -44,7 +46,7 @@ from .denoiser import (
 from .optimizer import MasterOptimizer
 from .pool import CHUNK, Batch, build_pool
 
-_PEAK_RATE = 2e-3
+_PEAK_RATE = 4e-3
 _CONTEXT_NOISE = 0.1  # largest noise level of the clean stream: sampling's past is not perfect
 _SAVE_EVERY_SECONDS = 60.0
 
@@ -74,8 +76,13 @@ def coupled_noise(batch: Batch, sigma: Tensor, generator: torch.Generator) -> Te
     return torch.cat([first, noise[:, :, CHUNK:]], dim=2)
 
 
+def hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """What Muon trains in the denoiser."""
+    return name.startswith("blocks.") and parameter.ndim == 2
+
+
 class Losses:
-    """Flow-matching losses of a denoiser, compiled on a GPU.
+    """Flow-matching losses of a denoiser.
 
     Args:
         run: device and precision.
@@ -87,16 +94,8 @@ class Losses:
         self.run = run
         self.prompt_rows = prompt_rows
         self.positions = Positions(model, run.device, run.sizes.latent_frames)
-
-        def clips(clean: Tensor, noisy: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
-            return clip_velocity(model, self.positions, clean, noisy, sigma, rows)
-
-        def openings(noisy: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
-            return opening_velocity(model, self.positions, noisy, sigma, rows)
-
-        compile_: Callable = torch.compile if run.fast else lambda f, **_: f
-        self.clip_velocity = compile_(clips, dynamic=False)
-        self.opening_velocity = compile_(openings, dynamic=False)
+        self.clip_velocity = partial(clip_velocity, model, self.positions)
+        self.opening_velocity = partial(opening_velocity, model, self.positions)
 
     def text(self, rows: Tensor) -> Tensor:
         """Prompt rows in the network's dtype."""
@@ -133,7 +132,7 @@ def train_teacher(run: Run, model: WanModel, losses: Losses, clips: Batch, openi
                   save: Callable[[dict[str, Tensor]], None]) -> WanModel:  # fmt: skip
     """Train in place; the model ends as the averaged weights."""
     sizes, generator = run.sizes, run.generator(20)
-    optimizer = MasterOptimizer(model)
+    optimizer = MasterOptimizer(model, use_muon=hidden_matrix)
     clock = run.clock()
     recent: list[Tensor] = []
     last_saved = 0.0
@@ -157,8 +156,8 @@ def train_teacher(run: Run, model: WanModel, losses: Losses, clips: Batch, openi
                 loss_openings=opening_loss, gradient=gradient,
             )  # fmt: skip
             recent.clear()
-        if clock.used * clock.seconds - last_saved > _SAVE_EVERY_SECONDS:
-            last_saved = clock.used * clock.seconds
+        if clock.spent - last_saved > _SAVE_EVERY_SECONDS:
+            last_saved = clock.spent
             save(optimizer.averaged())
         if not going:
             break
@@ -211,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def save(tensors: dict[str, Tensor]) -> None:
         save_weights(arguments.out, tensors, torch.bfloat16, file_metadata(run.sizes))
 
-    train_teacher(run, model, losses, clips, openings, save)
+    with compiled_blocks(run.fast):
+        train_teacher(run, model, losses, clips, openings, save)
     save(model.state_dict())
 
 
