@@ -192,7 +192,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, seconds: float) -> Non
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to prove the code")
-    parser.add_argument("--log", type=Path, help="JSON lines; default: beside --out")
+    parser.add_argument("--metrics", type=Path, help="JSON lines; default: beside --out")
 
 
 def run_from_arguments(arguments: argparse.Namespace) -> Run:
@@ -204,7 +204,7 @@ def run_from_arguments(arguments: argparse.Namespace) -> Run:
     if arguments.device.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    log_path = arguments.log or arguments.out.with_suffix(".jsonl")
+    log_path = arguments.metrics or arguments.out.with_suffix(".jsonl")
     return Run(
         device=torch.device(arguments.device),
         seconds=arguments.seconds,

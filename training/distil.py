@@ -139,9 +139,7 @@ class Student:
         return torch.stack(inputs), latents
 
     @torch.no_grad()
-    def meet_openings(
-        self, losses: Losses, batch: Batch, generator: torch.Generator
-    ) -> Experience:
+    def meet_openings(self, losses: Losses, batch: Batch, generator: torch.Generator) -> Experience:
         """First chunks from pure noise; where the layout was missed, later steps get the truth."""
         truth = batch.latents.float()
         text = losses.text(batch.rows)
@@ -200,9 +198,7 @@ class Student:
         return velocity.float()
 
 
-def distillation_loss(
-    losses: Losses, experience: Experience, generator: torch.Generator
-) -> Tensor:
+def distillation_loss(losses: Losses, experience: Experience, generator: torch.Generator) -> Tensor:
     """Weighted mean squared error of clean latents, one random step per chunk."""
     latents = experience.batch.latents.float()
     size, frames = latents.shape[0], latents.shape[2]

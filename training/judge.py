@@ -145,9 +145,7 @@ def shape_overlaps(mask: Tensor, centroids: Tensor, area: Tensor) -> Tensor:
     return torch.stack(overlaps, 1)
 
 
-def _judge_object(
-    mask: Tensor, shape: int, size: int, direction: int
-) -> list[bool]:
+def _judge_object(mask: Tensor, shape: int, size: int, direction: int) -> list[bool]:
     """Answers in the order of METRICS for one object; mask bool [T, H, W]."""
     expected = AREAS[shape] * RADII[size] ** 2
     centroids, area = _centroids(mask)

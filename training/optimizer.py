@@ -111,9 +111,7 @@ class MasterOptimizer:
         scale = torch._foreach_div(self._second, 1 - beta2**self.steps)
         torch._foreach_sqrt_(scale)
         torch._foreach_add_(scale, 1e-8)
-        torch._foreach_addcdiv_(
-            masters, self._first, scale, -rate / (1 - beta1**self.steps)
-        )
+        torch._foreach_addcdiv_(masters, self._first, scale, -rate / (1 - beta1**self.steps))
 
     def _muon_step(self, grads: list[Tensor], rate: float) -> None:
         for group, momentum in zip(self._muon, self._momentum, strict=True):

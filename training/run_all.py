@@ -83,10 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stage, seconds in STAGE_SECONDS.items():
         parser.add_argument(f"--{stage}-seconds", type=float, default=seconds, help="0: skip")
     parser.add_argument("--prompts", type=int, default=evaluate.PROMPTS)
+    parser.add_argument("--seeds", type=int, default=evaluate.SEEDS)
     parser.add_argument("--export", type=Path, help="folder for the shipped files")
     arguments = parser.parse_args(argv)
     work = arguments.out
-    arguments.log = arguments.log or work / "log.jsonl"
+    arguments.metrics = arguments.metrics or work / "log.jsonl"
     run = run_from_arguments(arguments)
     files = {stage: work / f"{stage}.safetensors" for stage in STAGE_SECONDS}
     seconds = {stage: getattr(arguments, f"{stage}_seconds") for stage in STAGE_SECONDS}
@@ -97,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         make_autoencoder(stage_run, files["autoencoder"], arguments.autoencoder_resume)
     make_denoiser(run, seconds, files, arguments.resume)
     shared = ["--autoencoder", str(files["autoencoder"]), "--device", arguments.device]
-    shared += ["--log", str(arguments.log), "--prompts", str(arguments.prompts)]
+    shared += ["--metrics", str(arguments.metrics), "--prompts", str(arguments.prompts)]
+    shared += ["--seeds", str(arguments.seeds)]
     shared += ["--tiny"] if arguments.tiny else []
     for stage in ("teacher", "distil"):
         if seconds[stage]:

@@ -348,4 +348,3 @@ def _texture(kind: Tensor, world_x: Tensor, y: Tensor) -> Tensor:
     dots = (((across - 8) ** 2 + (down - 8) ** 2).sqrt() - 6).clamp(-0.5, 0.5) * 2
     wave = torch.where(kind == 1, bars, torch.where(kind == 2, bars * rows, dots))
     return torch.where(kind == 0, torch.ones_like(wave), 0.90 + 0.10 * wave)
-

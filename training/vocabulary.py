@@ -45,8 +45,8 @@ _FILLERS = [
     "drifting", "drifts", "travelling", "travels", "background", "wall", "scene", "shape", "object",
 ]  # fmt: skip
 _SEPARATORS = [
-    ",", ".", ";", "and", "over", "on", "against", "with", "while", "as", "past", "behind",
-    "before", "then", "plus",
+    ",", ".", ";", ":", "!", "(", ")", "and", "over", "on", "against", "with", "while", "as",
+    "past", "behind", "before", "then", "plus",
 ]  # fmt: skip
 # A clause has the first of these roles one of whose words it has, else it goes on about the
 # object before it.

@@ -36,7 +36,7 @@ from ..errors import UserError
 
 log = logging.getLogger("lightforcing")
 
-_TOKEN = re.compile(r"[a-z]+|[,.;]")
+_TOKEN = re.compile(r"[a-z]+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ class EmbeddedTextEncoder:
                 text_dim=facts["text_dim"],
             )
         except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
-            raise UserError(
-                f"{path}: damaged text vocabulary ({error}); fetch it again"
-            ) from error
+            raise UserError(f"{path}: damaged text vocabulary ({error}); fetch it again") from error
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -120,7 +118,7 @@ class EmbeddedTextEncoder:
                 clauses.append([])
             elif token in self.words:
                 clauses[-1].append(token)
-            elif token not in self.fillers and token not in unknown:
+            elif token.isalpha() and token not in self.fillers and token not in unknown:
                 unknown.append(token)
         if unknown:
             log.warning(
@@ -131,8 +129,9 @@ class EmbeddedTextEncoder:
         for clause in filter(None, clauses):
             role = self._named_role(clause)
             if role in ("object", None):
-                objects += role == "object" or not objects
-                role = f"object {objects}"
+                objects += role == "object"
+                # Adjectives before the first noun belong to it.
+                role = f"object {max(objects, 1)}"
             place = self.roles.index(role) if role in self.roles else len(self.roles) - 1
             pairs += [(self.words[word], place) for word in clause]
         if len(pairs) > self.rows:
