@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -197,8 +198,6 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, seconds: float) -> Non
 
 def run_from_arguments(arguments: argparse.Namespace) -> Run:
     """Settings of a stage from the options of `add_run_arguments`; seeds torch."""
-    import sys
-
     torch.manual_seed(arguments.seed)
     rank = join_processes()
     if arguments.device.startswith("cuda"):

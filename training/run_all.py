@@ -1,6 +1,6 @@
 """The whole recipe on one device: autoencoder, teacher, distillation, evaluation, export.
 
-    python -m lightforcing.training.run_all --work DIR [--export models]
+    python -m lightforcing.training.run_all --out DIR [--export models]
 
 Each stage can be skipped by giving its weights, so a part can be run again from files.
 """

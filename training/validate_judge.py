@@ -22,10 +22,6 @@ _AT_ONCE = 8
 _DECIDING = METRICS[:4]
 
 
-def _judged(videos: Tensor, scenes: Scenes) -> Verdict:
-    return judge(videos, scenes)
-
-
 @torch.no_grad()
 def true_videos(scenes: Scenes, model: TAEHV | None) -> Tensor:
     """Rendered scenes, through the autoencoder if one is given: uint8 [B, T, 3, H, W]."""
@@ -86,9 +82,7 @@ def validate(model: TAEHV | None, generator: torch.Generator, clips: int) -> dic
     """
     scenes = sample_attributes(clips, generator, held_out_first=True)
     videos = true_videos(scenes, model)
-    other = scenes.select(torch.arange(clips, device=scenes.count.device).roll(-1))
     shuffled = judge_bytes(videos.roll(-1, 0), scenes).summary()
-    del other
     wrong = {}
     for name in ("colour", "shape", "direction"):
         pictures = true_videos(wrong_attribute(scenes, name), model)
