@@ -27,8 +27,8 @@ $(STAMP): pyproject.toml .ci/install-torch
 demo: setup
 	@echo "== a prompt becomes output/demo.mp4"
 	@mkdir -p output
-	$(BIN)/lightforcing generate --seed 3 --out output/demo.mp4 --json output/demo.json \
-	    --prompt "a large red circle moves right quickly over a blue checkered background"
+	$(BIN)/lightforcing generate --seed 0 --out output/demo.mp4 --json output/demo.json \
+	    --prompt "a large red circle moves right quickly over a checkered slate background"
 
 lint: setup
 	@echo "== ruff, and who may import whom"

@@ -6,6 +6,7 @@ Exit status: 0 success, 1 a check failed, 2 bad input (one line on stderr), 130 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -13,9 +14,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import Cancelled, UserError
+from .outputs import check_output, replacing
 
 EXIT_FAILED_CHECK = 1
 EXIT_BAD_INPUT = 2
@@ -24,17 +26,17 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be printable
     arguments = _parser().parse_args(argv)
     # Before torch loads OpenMP: threads that spin for long while another program has the core make
     # a run on a busy machine more than ten times slower. Short spinning costs nothing otherwise.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     _set_up_logging(arguments.verbose)
     try:
+        if arguments.json is not None:
+            check_output(arguments.json, _files_of(arguments))
         return arguments.run(arguments)
-    except BrokenPipeError:
-        # A closed pipe (`lightforcing doctor | head`) is the reader's choice, not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except UserError as error:
         _complain(str(error))
         return EXIT_BAD_INPUT
@@ -47,15 +49,33 @@ def _complain(message: str) -> None:
     sys.stderr.write(f"lightforcing: {' '.join(message.split())}\n")
 
 
-def _say(message: str = "") -> None:
-    sys.stdout.write(message + "\n")
+def _say(message: str) -> None:
+    try:
+        sys.stdout.write(message + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # A reader that left (`lightforcing doctor | head`) changes nothing about the result.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _files_of(arguments: argparse.Namespace) -> list[Path]:
+    """Every file the command line names, but for --json itself."""
+    values = [v for k, v in vars(arguments).items() if k != "json"]
+    flat = [item for v in values for item in (v if isinstance(v, list) else [v])]
+    return [item for item in flat if isinstance(item, Path)]
 
 
 def _set_up_logging(verbose: bool) -> None:
     from rich.console import Console
     from rich.logging import RichHandler
 
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
+    console = Console(stderr=True)
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_path=False)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("lightforcing")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
@@ -64,10 +84,8 @@ def _set_up_logging(verbose: bool) -> None:
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
     if path is None:
         return
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --json") from error
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -79,8 +97,16 @@ def _numbers(text: str) -> tuple[float, ...]:
         ) from error
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, like every other bad input; --help has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        _complain(f"{message}; see {self.prog} --help")
+        raise SystemExit(EXIT_BAD_INPUT)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lightforcing",
         description="Autoregressive Wan video, chunk by chunk.",
     )
@@ -158,7 +184,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         text_encoder=arguments.text_encoder,
         vae_latents=arguments.vae_latents,
         frames=arguments.frames,
-        size=FrameSize.parse(arguments.size) if arguments.size else None,
+        size=FrameSize.parse(arguments.size) if arguments.size is not None else None,
         seed=arguments.seed,
         start_image=arguments.image,
         steps=arguments.steps,

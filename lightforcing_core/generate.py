@@ -18,7 +18,8 @@ from .checkpoints.load import LoadedModel, Preset, load_model
 from .embedded import EMBEDDED_MODEL, EMBEDDED_VAE
 from .errors import Cancelled, UserError
 from .layout import FrameSize, latent_frames
-from .noise import SeededNoise
+from .noise import SeededNoise, check_seed
+from .outputs import check_output
 from .rollout import ChunkStatistics, RolloutSettings, rollout
 from .text.load import load_text_encoder
 from .vae.load import load_vae
@@ -131,12 +132,64 @@ def generate(
         should_stop: asked before every forward of the denoiser.
 
     Raises:
-        UserError: bad input; nothing is left under the final name.
+        UserError: bad input, or a run that failed; nothing is left under the final name, and
+            frames made before a failure are in a file that the message names.
         Cancelled: `should_stop` said so; the frames so far stay in a file that says so.
     """
-    if not request.out.parent.is_dir():
-        raise UserError(f"cannot write {request.out}: the folder {request.out.parent} is missing")
+    _check(request)
     device, dtype = _placement(request)
+    try:
+        return _generate(request, device, dtype, on_chunk, should_stop)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(device) from error
+    except RuntimeError as error:
+        # The CPU allocator has no exception class of its own.
+        if "can't allocate memory" not in str(error):
+            raise
+        raise _out_of_memory(device) from error
+
+
+def _out_of_memory(device: torch.device) -> UserError:
+    return UserError(
+        f"{device} ran out of memory; use a smaller --size or --window, fewer --frames, "
+        "or --dtype bfloat16"
+    )
+
+
+def _check(request: GenerateRequest) -> None:
+    """All that can be refused before anything is loaded."""
+    inputs = (request.model, request.vae, request.text_encoder, request.start_image)
+    check_output(request.out, inputs)
+    if request.out.suffix.lower() != ".mp4":
+        raise UserError(f"{request.out} must end in .mp4, the only video format written")
+    for path in inputs:
+        if path is not None and not path.exists():
+            raise UserError(f"no such file: {path}; check the path")
+    if request.model is not None and (request.vae is None or request.text_encoder is None):
+        missing = " and ".join(
+            name
+            for name, path in (("--vae", request.vae), ("--text-encoder", request.text_encoder))
+            if path is None
+        )
+        raise UserError(
+            f"{missing} missing: a model of your own needs its Wan 2.1 VAE (or TAEHV, LightVAE) "
+            "and its UMT5 text encoder; leave --model out to use the embedded one"
+        )
+    check_seed(request.seed)
+    _settings(request, Preset())  # raises on what no preset can mend
+    if request.start_image is not None:
+        load_image(request.start_image, 16, 16)
+    if not request.prompt.strip():
+        log.warning("the prompt is empty; the model will make something up")
+
+
+def _generate(
+    request: GenerateRequest,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_chunk: Callable[[ChunkReport], None],
+    should_stop: Callable[[], bool],
+) -> GenerateResult:
     started = time.perf_counter()
     job = _prepare(request, device, dtype)
     load_seconds = time.perf_counter() - started
@@ -154,8 +207,10 @@ def generate(
                     on_chunk(report)
             seconds = time.perf_counter() - started
     except (Cancelled, KeyboardInterrupt) as error:
-        kept = f"the first {writer.frames_written} frames are in {writer.saved_path}"
-        raise Cancelled(f"stopped; {kept if writer.saved_path else 'nothing was made'}") from error
+        raise Cancelled(f"stopped; {_kept(writer) or 'nothing was made'}") from error
+    except UserError as error:
+        kept = _kept(writer)
+        raise UserError(f"{error}; {kept}" if kept else str(error)) from error
     return GenerateResult(
         out=request.out,
         frames=writer.frames_written,
@@ -167,6 +222,12 @@ def generate(
         device=str(device),
         dtype=dtype,
     )
+
+
+def _kept(writer: VideoWriter) -> str:
+    if writer.saved_path is None:
+        return ""
+    return f"the first {writer.frames_written} frames are in {writer.saved_path}"
 
 
 @dataclass(frozen=True)
@@ -187,6 +248,8 @@ def _placement(request: GenerateRequest) -> tuple[torch.device, torch.dtype]:
     name = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"device '{name}' is not supported; use cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -196,22 +259,6 @@ def _placement(request: GenerateRequest) -> tuple[torch.device, torch.dtype]:
 
 
 def _prepare(request: GenerateRequest, device: torch.device, dtype: torch.dtype) -> _Job:
-    if not request.prompt.strip():
-        log.warning("the prompt is empty; the model will make something up")
-    embedded = request.model is None
-    if not embedded and (request.vae is None or request.text_encoder is None):
-        missing = " and ".join(
-            name
-            for name, path in (("--vae", request.vae), ("--text-encoder", request.text_encoder))
-            if path is None
-        )
-        raise UserError(
-            f"{missing} missing: a model of your own needs its Wan 2.1 VAE (or TAEHV, LightVAE) "
-            "and its UMT5 text encoder; leave --model out to use the embedded one"
-        )
-    for path in (request.model, request.vae, request.text_encoder, request.start_image):
-        if path is not None and not path.exists():
-            raise UserError(f"no such file: {path}; check the path")
     embeds = _encode(request, device, dtype)
     model = load_model(request.model or EMBEDDED_MODEL, device=device, dtype=dtype)
     with torch.no_grad():
@@ -252,13 +299,16 @@ def _settings(request: GenerateRequest, preset: Preset) -> tuple[RolloutSettings
         raise UserError(
             f"{frames} frame leaves nothing to generate after the start image; ask for 5 or more"
         )
+    window = chosen(request.window_frames, preset.window_frames)
+    # A sink belongs to a window: a preset's goes when the user asks for the whole history.
+    preset_sink = 0 if window == -1 else preset.sink_frames
     settings = RolloutSettings(
         num_frames=to_generate,
         frames_per_chunk=chosen(request.frames_per_chunk, preset.frames_per_chunk),
         steps=chosen(request.steps, preset.steps),
         first_chunk_steps=request.first_chunk_steps,
-        window_frames=chosen(request.window_frames, preset.window_frames),
-        sink_frames=chosen(request.sink_frames, preset.sink_frames),
+        window_frames=window,
+        sink_frames=chosen(request.sink_frames, preset_sink),
     )
     return settings, chosen(request.size, preset_size)
 

@@ -58,6 +58,28 @@ class CacheSpec:
                 f"window, got {self.sink_frames}; lower the sink or raise the window"
             )
 
+    def check_chunk(self, frames: int, visible_frames: int) -> None:
+        """Raise if a chunk finds no room while so many frames are held.
+
+        Raises:
+            UserError: it would have to push out sinks or its own frames.
+        """
+        beside_sinks = self.capacity_frames - self.sink_frames
+        unused = self.capacity_frames - visible_frames
+        if frames > max(beside_sinks, unused):
+            raise UserError(
+                f"a chunk of {frames} latent frames does not fit a window of "
+                f"{self.capacity_frames} frames of which {self.sink_frames} are sink; "
+                "raise the window or lower the sink or the frames per chunk"
+            )
+
+    def check_chunks(self, lengths: Sequence[int]) -> None:
+        """`check_chunk` for the chunks of a whole video, before the first one is made."""
+        visible = 0
+        for length in lengths:
+            self.check_chunk(length, visible)
+            visible = min(visible + length, self.capacity_frames)
+
     @property
     def blocks_per_frame(self) -> int:
         return -(-self.frame_tokens // self.block_tokens) if self.block_tokens else 0
@@ -161,14 +183,7 @@ class KVCache:
         """
         if self._open_slots:
             raise RuntimeError("a chunk is open; commit() it before the next enters")
-        room = self.spec.capacity_frames - self.spec.sink_frames
-        fresh = self.spec.capacity_frames - self.visible_frames
-        if len(frames) > max(room, fresh):
-            raise UserError(
-                f"a chunk of {len(frames)} latent frames does not fit a window of "
-                f"{self.spec.capacity_frames} frames of which {self.spec.sink_frames} are sink; "
-                "raise the window or lower the sink or the frames per chunk"
-            )
+        self.spec.check_chunk(len(frames), self.visible_frames)
         for frame in frames:
             if self.visible_frames < self.spec.capacity_frames:
                 slot = self.visible_frames
@@ -187,6 +202,11 @@ class KVCache:
             k, v: [B, frames * frame_tokens, H, D]; k rotated with its absolute positions.
         """
         tokens = self.spec.frame_tokens
+        if k.shape[1] != len(self._open_slots) * tokens:
+            raise RuntimeError(
+                f"the open chunk has {len(self._open_slots)} frames of {tokens} tokens, "
+                f"got keys of {k.shape[1]} tokens"
+            )
         k, v = k.unflatten(1, (-1, tokens)), v.unflatten(1, (-1, tokens))
         for first, start, length in _runs(self._open_slots):
             slots = slice(start, start + length)

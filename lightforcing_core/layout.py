@@ -26,11 +26,6 @@ def latent_frames(pixel_frames: int) -> int:
     return (pixel_frames - 1) // TEMPORAL_COMPRESSION + 1
 
 
-def pixel_frames(latents: int) -> int:
-    """Pixel frames that `latents` latent frames decode to."""
-    return (latents - 1) * TEMPORAL_COMPRESSION + 1
-
-
 @dataclass(frozen=True)
 class FrameSize:
     """Picture size in pixels, and what follows from it."""
@@ -51,7 +46,7 @@ class FrameSize:
     def parse(cls, text: str) -> FrameSize:
         """Read 'WIDTHxHEIGHT', in pixels."""
         width, _, height = text.lower().partition("x")
-        if not (width.isdigit() and height.isdigit()):
+        if not all(v.isascii() and v.isdecimal() for v in (width, height)):
             raise UserError(f"size must look like 832x480 (width x height), got '{text}'")
         return cls(int(width), int(height))
 

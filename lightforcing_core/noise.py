@@ -13,7 +13,15 @@ from .errors import UserError
 
 
 class NoiseSource(Protocol):
-    """Where the rollout takes its noise from. Tensors are float32 [B, C, len(frames), h, w]."""
+    """Where the rollout takes its noise from. Tensors are float32 [B, C, len(frames), h, w].
+
+    Attributes:
+        shape: batch, channels, latent height, latent width.
+        device: where the noise is.
+    """
+
+    shape: tuple[int, int, int, int]
+    device: torch.device
 
     def initial(self, frames: Sequence[int]) -> Tensor:
         """Noise a chunk starts from; `frames` are absolute latent frame indices."""
@@ -22,6 +30,17 @@ class NoiseSource(Protocol):
     def renoise(self, frames: Sequence[int], step: int) -> Tensor:
         """Noise added before denoising step `step` (1 for the second step of the list)."""
         ...
+
+
+def check_seed(seed: int) -> int:
+    """The seed if it is one.
+
+    Raises:
+        UserError: it does not fit 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise UserError(f"the seed must be between 0 and 2^64 - 1, got {seed}")
+    return seed
 
 
 class SeededNoise:
@@ -42,9 +61,7 @@ class SeededNoise:
             shape: batch, channels, latent height, latent width.
             device: where the noise is wanted.
         """
-        if not 0 <= seed < 2**64:
-            raise UserError(f"the seed must be between 0 and 2^64 - 1, got {seed}")
-        self.seed = seed
+        self.seed = check_seed(seed)
         self.shape = shape
         self.device = torch.device(device)
 

@@ -60,6 +60,11 @@ class RolloutSettings:
         check_steps(self.steps)
         if self.first_chunk_steps is not None:
             check_steps(self.first_chunk_steps)
+        if self.frames_per_chunk < 1 or self.num_frames < 1:
+            raise UserError(
+                "the number of frames and of frames per chunk (latent frames) must be at least 1, "
+                f"got {self.num_frames} and {self.frames_per_chunk}"
+            )
         if not 0 <= self.context_timestep < TRAIN_TIMESTEPS:
             raise UserError(
                 f"the clean pass's timestep must be in [0, 1000), got {self.context_timestep}"
@@ -68,6 +73,11 @@ class RolloutSettings:
             raise UserError(
                 "window frames must be -1 (whole history) or at least 1 latent frame, got "
                 f"{self.window_frames}"
+            )
+        if not 0 <= self.sink_frames < max(self.window_frames, 1) and self.window_frames != -1:
+            raise UserError(
+                f"sink frames must be fewer than the {self.window_frames} latent frames of the "
+                f"window, got {self.sink_frames}; lower the sink or raise the window"
             )
         if self.sink_frames and self.window_frames == -1:
             raise UserError(
@@ -193,6 +203,17 @@ class _Denoiser:
         return latents
 
 
+def _check_given(latents: Tensor, shape: tuple[int, int, int, int]) -> None:
+    if latents.ndim != 5 or (*latents.shape[:2], *latents.shape[3:]) != tuple(shape):
+        batch, channels, height, width = shape
+        raise UserError(
+            f"given latents must be [{batch}, {channels}, frames, {height}, {width}] like the "
+            f"video they begin, got {list(latents.shape)}; encode the picture at the video's size"
+        )
+    if not bool(torch.isfinite(latents).all()):
+        raise UserError("given latents hold NaN or infinity; encode the picture again")
+
+
 def _synchronized_time(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -212,14 +233,16 @@ def cache_spec(
     """The key/value cache that a run of these settings needs."""
     dim = tree.patch_embedding.weight.shape[0]
     _, patch_h, patch_w = tree.patch_size
+    capacity = settings.capacity_frames(given_frames)
     return CacheSpec(
         batch=batch,
         num_layers=len(tree.blocks),
         num_heads=tree.num_heads,
         head_dim=dim // tree.num_heads,
         frame_tokens=(latent_height // patch_h) * (latent_width // patch_w),
-        capacity_frames=settings.capacity_frames(given_frames),
-        sink_frames=settings.sink_frames,
+        capacity_frames=capacity,
+        # A video shorter than its window never drops a frame: its sinks are just frames.
+        sink_frames=min(settings.sink_frames, capacity - 1),
         dtype=dtype,
     )
 
@@ -258,24 +281,28 @@ def rollout(
     dtype = dtype or text.keys[0].dtype
     given_frames = 0 if given_latents is None else given_latents.shape[2]
     lengths = settings.chunk_lengths(given_frames)
-    probe = noise.initial(range(given_frames, given_frames + 1))
-    device = probe.device
+    given_lengths = context_lengths(given_frames, settings.frames_per_chunk)
+    batch, _, height, width = noise.shape
+    device = noise.device
+    if given_latents is not None:
+        _check_given(given_latents, noise.shape)
     spec = cache_spec(
         tree,
         settings,
-        batch=probe.shape[0],
-        latent_height=probe.shape[3],
-        latent_width=probe.shape[4],
+        batch=batch,
+        latent_height=height,
+        latent_width=width,
         dtype=dtype,
         given_frames=given_frames,
     )
+    spec.check_chunks([*given_lengths, *lengths])
     denoiser = _Denoiser(tree, text, KVCache(spec, device), dtype, should_stop)
     cache = denoiser.cache
 
     started = _synchronized_time(device)
     first = 0
     if given_latents is not None:
-        for length in context_lengths(given_frames, settings.frames_per_chunk):
+        for length in given_lengths:
             frames = range(first, first + length)
             cache.enter(frames)
             latents = given_latents[:, :, first : first + length].to(device).float()

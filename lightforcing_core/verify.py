@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .checkpoints.files import read_state_dict
 from .errors import UserError
+from .outputs import check_output, replacing
 from .rollout import RolloutSettings, rollout
 from .vae.taehv import TAEHV
 from .vae.wan_vae import WanVAE
@@ -55,6 +56,8 @@ def verify_files(paths: Sequence[str | Path], write: str | Path | None = None) -
     Raises:
         UserError: a file is unreadable, of an unknown format, or lacks inputs.
     """
+    if write is not None:
+        check_output(Path(write), inputs=[Path(path) for path in paths])
     results: list[CaseResult] = []
     computed: dict[str, Tensor] = {}
     for path in paths:
@@ -72,8 +75,14 @@ def verify_files(paths: Sequence[str | Path], write: str | Path | None = None) -
             raise UserError(f"{path}: {error.args[0]} is missing from the golden file") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{path}: damaged golden file, its tensors and metadata do not fit together "
+                f"({str(error).splitlines()[0]})"
+            ) from error
     if write is not None:
-        save_file(computed, Path(write))
+        with replacing(Path(write)) as temporary:
+            save_file(computed, temporary)
     return results
 
 
@@ -93,7 +102,11 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     if value.shape != expected.shape:
         return math.inf
     expected = expected.double()
-    error = float((value.double() - expected).norm() / expected.norm())
+    difference = float((value.double() - expected).norm())
+    if difference == 0:
+        return 0.0
+    size = float(expected.norm())
+    error = difference / size if size else math.inf
     return error if math.isfinite(error) else math.inf
 
 
@@ -129,6 +142,8 @@ class RecordedNoise:
             first_frame: absolute index of the first generated frame.
         """
         self._initial = initial.transpose(1, 2)
+        self.shape = (*self._initial.shape[:2], *self._initial.shape[3:])
+        self.device = initial.device
         self._renoise = renoise.transpose(1, 2)
         self._first_frame = first_frame
         self._frames_per_chunk = frames_per_chunk

@@ -7,6 +7,7 @@ containers and runs no code). Everything else is refused by content, not by file
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,18 @@ from torch import Tensor
 
 from ..errors import UserError
 
+# What the unpickler is seen to raise on files that were cut or overwritten in places.
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    OSError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 # A safetensors file starts with the length of its JSON header; 100 MB is the format's own limit.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -93,7 +106,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             f"{path} holds Python objects other than tensors, which could run code; it was not "
             "loaded: ask its author for a .safetensors file"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except _DAMAGE as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} is a damaged torch file ({first_line}); download it again"

@@ -21,6 +21,9 @@ from .formats import normalise
 log = logging.getLogger("lightforcing")
 
 METADATA_KEY = "lightforcing"  # our own facts, JSON, beside ComfyUI's `config`
+_LATENT_CHANNELS = 16  # of the Wan 2.1 VAE, the only latents this engine makes
+_PLAIN_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SCALES = (".weight_scale", ".scale_weight", ".scale_input", ".input_scale", "scaled_fp8")
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,38 @@ class Preset:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, object]) -> Preset:
-        known = {k: facts[k] for k in cls.__dataclass_fields__ if k in facts}
-        if "steps" in known:
-            known["steps"] = check_steps(known["steps"])  # type: ignore[arg-type]
+        """The preset in a file's metadata.
+
+        Raises:
+            UserError: a value of the wrong type or out of range.
+        """
+        known: dict[str, object] = {}
+        for name, least in _LEAST.items():
+            if name in facts:
+                known[name] = _whole_number(facts, name, least)
+        if "steps" in facts:
+            steps = facts["steps"]
+            if not isinstance(steps, list) or not all(isinstance(v, int | float) for v in steps):
+                raise UserError(f"metadata 'steps' must be a list of numbers, got {steps!r}")
+            known["steps"] = check_steps(steps)
         return cls(**known)  # type: ignore[arg-type]
+
+
+_LEAST = {
+    "frames_per_chunk": 1,
+    "window_frames": -1,
+    "sink_frames": 0,
+    "width": 16,
+    "height": 16,
+    "frames": 1,
+}
+
+
+def _whole_number(facts: Mapping[str, object], name: str, least: int) -> int:
+    value = facts[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"metadata '{name}' must be a whole number from {least} up, got {value!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -99,15 +130,16 @@ def load_model(
     tensors, metadata = read_state_dict(path)
     facts = read_facts(metadata, path)
     try:
+        preset = Preset.from_facts(facts)
         layout, tensors = normalise(tensors)
-        heads = num_heads or facts.get("num_heads")
-        text_len = facts.get("text_len", 512)
-        config = WanConfig.from_tensors(tensors, num_heads=heads, text_len=text_len)
-        _refuse_image_to_video(tensors)
+        if num_heads is None and "num_heads" in facts:
+            num_heads = _whole_number(facts, "num_heads", 1)
+        text_len = _whole_number(facts, "text_len", 1) if "text_len" in facts else 512
+        config = WanConfig.from_tensors(tensors, num_heads=num_heads, text_len=text_len)
+        _refuse_other_wans(config, tensors)
         tree, unexpected = _build(config, tensors, device, dtype)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    preset = Preset.from_facts(facts)
     log.info(
         "%s: %s, width %d, %d layers, %d heads, %.2f B parameters, %d frames a chunk",
         path.name,
@@ -121,11 +153,18 @@ def load_model(
     return LoadedModel(tree, config, layout, preset, unexpected)
 
 
-def _refuse_image_to_video(tensors: Mapping[str, Tensor]) -> None:
-    if any(name.startswith("img_emb.") or ".k_img." in name for name in tensors):
+def _refuse_other_wans(config: WanConfig, tensors: Mapping[str, Tensor]) -> None:
+    image = any(name.startswith("img_emb.") or ".k_img." in name for name in tensors)
+    if image or config.in_dim > config.out_dim:
         raise UserError(
-            "this is a Wan image-to-video checkpoint (it has image cross-attention); use a "
-            "text-to-video one: it continues from a first frame by itself"
+            f"this is a Wan image-to-video checkpoint ({config.in_dim} channels in, "
+            f"{config.out_dim} out); use a text-to-video one: it continues from a first frame by "
+            "itself"
+        )
+    if config.in_dim != _LATENT_CHANNELS or config.out_dim != _LATENT_CHANNELS:
+        raise UserError(
+            f"this Wan model has {config.in_dim} latent channels, expected {_LATENT_CHANNELS} "
+            "(Wan 2.1); Wan 2.2 5B needs another autoencoder and is not supported"
         )
 
 
@@ -152,11 +191,18 @@ def _build(
         if wrong:
             parts.append(f"{len(wrong)} have another shape ({_some(wrong)})")
         raise UserError(f"{' and '.join(parts)}; the file does not fit a Wan 2.1 denoiser")
+    scales = [name for name in tensors if name.endswith(_SCALES)]
+    odd = [name for name in expected if tensors[name].dtype not in _PLAIN_TYPES]
+    if scales or odd:
+        first = (odd or scales)[0]
+        raise UserError(
+            f"this is a quantised checkpoint ('{first}' is "
+            f"{str(tensors[first].dtype).removeprefix('torch.')}), which is not supported yet; "
+            "use the bf16, fp16 or float32 file"
+        )
     state = {}
     for name in expected:
         tensor = tensors[name].to(device=device, dtype=dtype)
-        if not tensor.is_floating_point():
-            raise UserError(f"'{name}' has data type {tensor.dtype}, expected floating point")
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"'{name}' holds NaN or infinite weights; the file is damaged")
         state[name] = tensor

@@ -36,7 +36,7 @@ from ..errors import UserError
 
 log = logging.getLogger("lightforcing")
 
-_TOKEN = re.compile(r"[a-z]+|[^\w\s]")
+_TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class EmbeddedTextEncoder:
                 clauses.append([])
             elif token in self.words:
                 clauses[-1].append(token)
-            elif token.isalpha() and token not in self.fillers and token not in unknown:
+            elif token.isalnum() and token not in self.fillers and token not in unknown:
                 unknown.append(token)
         if unknown:
             log.warning(

@@ -93,6 +93,11 @@ class VideoVAE:
         return StreamingEncoder(self, latents_per_pass=latents_per_pass)
 
 
+def _unit_range(frames: Tensor) -> Tensor:
+    """Clamp to [0, 1]; infinity becomes NaN, or an overflow would pass for plain black or white."""
+    return torch.where(frames.isinf(), torch.nan, frames.clamp(0, 1))
+
+
 def _out_of_memory(what: str, latents: int) -> UserError:
     do = "take a smaller size, LightVAE or a TAEHV file"
     if latents > 1:
@@ -149,7 +154,8 @@ class StreamingDecoder:
 
         Returns:
             Frames [B, t, 3, 8 h, 8 w], float32, clamped to [0, 1], on the network's device, with
-            t = 1 + 4 (T - 1) at the start of the stream and 4 T later. NaN in latents stays NaN.
+            t = 1 + 4 (T - 1) at the start of the stream and 4 T later. NaN and infinity
+            in the network's output are NaN here.
 
         Raises:
             ValueError: the shape is not as above, or differs from the calls before.
@@ -186,11 +192,11 @@ class StreamingDecoder:
         at_start = self._state is None
         if isinstance(self._vae.network, WanVAE):
             pixels, self._state = self._vae.network.decode(latents, self._state)
-            return (pixels.transpose(1, 2).float() * 0.5 + 0.5).clamp_(0, 1)
+            return _unit_range(pixels.transpose(1, 2).float() * 0.5 + 0.5)
         if self._vae.latents == "denormalised":
             latents = denormalise_latents(latents)
         frames, self._state = self._vae.network.decode(latents.transpose(1, 2), self._state)
-        return frames[:, FRAMES_TO_TRIM if at_start else 0 :].float().clamp_(0, 1)
+        return _unit_range(frames[:, FRAMES_TO_TRIM if at_start else 0 :].float())
 
 
 class StreamingEncoder:

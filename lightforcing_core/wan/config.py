@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -53,9 +52,6 @@ class WanConfig:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_tensors(
         cls,
@@ -75,22 +71,23 @@ class WanConfig:
             UserError: a tensor that carries a size is missing.
         """
 
-        def shape(name: str) -> torch.Size:
+        def shape(name: str, rank: int = 2) -> torch.Size:
             if name not in tensors:
                 raise UserError(
                     f"not a Wan denoiser: tensor '{name}' is missing; "
                     "expected a Wan 2.1 text-to-video checkpoint"
                 )
+            if tensors[name].ndim != rank:
+                raise UserError(
+                    f"'{name}' has shape {list(tensors[name].shape)}, expected {rank} "
+                    "dimensions; this is not a Wan video checkpoint"
+                )
             return tensors[name].shape
 
-        patch = shape("patch_embedding.weight")
-        if len(patch) != 5:
-            raise UserError(
-                f"'patch_embedding.weight' has shape {list(patch)}, expected five dimensions "
-                "[dim, channels, 1, 2, 2]; this is not a Wan video checkpoint"
-            )
+        patch = shape("patch_embedding.weight", 5)
         dim, in_dim = patch[0], patch[1]
-        layers = {int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")}
+        numbers = {k.split(".")[1] for k in tensors if k.startswith("blocks.")}
+        layers = {int(number) for number in numbers if number.isdecimal()}
         if layers != set(range(len(layers))) or not layers:
             gaps = sorted(set(range(max(layers, default=0) + 1)) - layers)
             raise UserError(f"blocks are missing from the checkpoint: {gaps or 'all'}")

@@ -5,9 +5,9 @@ The head dimension splits into frame / row / column parts of d - 4 (d // 6), 2 (
 position / 10000^(2 i / part). Angles are computed in float64 for the indices asked for.
 
 The published code looks angles up in a table of 1024 positions and fails at latent frame 1024
-(about 4 minutes of video). Here there is no table: frame indices go on counting, and because
-attention sees only the difference of two indices, a window far out gives the same result as the
-same window at the start (tested at frame 5000).
+(about 4 minutes of video). Here there is no table: frame indices go on counting. Attention sees
+only the difference of two indices, so within a window nothing changes with time (tested at frame
+5000); the distance to sink frames goes on growing, as it does in the published rolling window.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +118,12 @@ def test_unknown_tensors_are_named_not_swallowed(
     assert "surprise.weight" in caplog.text
 
 
+def _channels(tensors: dict[str, Tensor], channels_in: int, channels_out: int) -> None:
+    tensors["patch_embedding.weight"] = torch.zeros(128, channels_in, 1, 2, 2)
+    tensors["head.head.weight"] = torch.zeros(4 * channels_out, 128)
+    tensors["head.head.bias"] = torch.zeros(4 * channels_out)
+
+
 def rejected(path: Path) -> str:
     with pytest.raises(UserError) as caught:
         load_model(path)
@@ -133,8 +141,30 @@ def rejected(path: Path) -> str:
         (lambda w: [w.pop(k) for k in list(w) if k.startswith("blocks.0.")], "blocks are missing"),
         (lambda w: w["head.head.bias"].fill_(float("nan")), "NaN"),
         (lambda w: w.update({"img_emb.proj.0.weight": torch.zeros(1)}), "image-to-video"),
+        (lambda w: _channels(w, 36, 16), "image-to-video"),
+        (lambda w: _channels(w, 48, 48), "48 latent channels, expected 16"),
+        (
+            lambda w: w.update({"blocks.0.ffn.0.scale_weight": torch.ones(1)}),
+            "quantised.*not supported",
+        ),
+        (
+            lambda w: w.update({"head.head.weight": w["head.head.weight"].to(torch.float8_e4m3fn)}),
+            "quantised.*float8_e4m3fn",
+        ),
+        (lambda w: w.update({"text_embedding.0.weight": torch.zeros(5)}), "expected 2 dimensions"),
     ],
-    ids=["missing", "wrong shape", "missing block", "nan", "image to video"],
+    ids=[
+        "missing",
+        "wrong shape",
+        "missing block",
+        "nan",
+        "image to video",
+        "36 channels",
+        "48 channels",
+        "scales",
+        "fp8",
+        "rank",
+    ],
 )
 def test_a_model_that_does_not_fit_is_refused(
     change: Callable[[dict[str, Tensor]], object],
@@ -167,6 +197,49 @@ def test_other_kinds_of_files_are_called_by_their_name(
     path = tmp_path / "model.safetensors"
     save_file({name: torch.zeros(2, 2)}, path)
     assert what in rejected(path)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"num_heads": 0},
+        {"num_heads": "1"},
+        {"frames_per_chunk": "3"},
+        {"frames_per_chunk": 0},
+        {"steps": 5},
+        {"steps": [1, 2]},
+        {"width": 256.5},
+        {"text_len": "a"},
+        {"window_frames": -2},
+        [1],
+    ],
+    ids=str,
+)
+def test_nonsense_in_the_metadata_is_refused(
+    facts: object, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path, metadata={"lightforcing": json.dumps(facts)})
+    rejected(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of what it meets in a damaged pickle
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_torch_files_end_in_one_line(
+    legacy: bool, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(weights, path, _use_new_zipfile_serialization=not legacy)
+    whole = bytearray(path.read_bytes())
+    chance = random.Random(7)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        # The pickle stands at the start of either layout; the rest is numbers.
+        for _ in range(chance.randint(1, 8)):
+            damaged[chance.randrange(3000)] = chance.randrange(256)
+        path.write_bytes(damaged[: chance.choice([len(damaged), chance.randrange(len(damaged))])])
+        with contextlib.suppress(UserError):  # some changes do no harm
+            load_model(path)
 
 
 class RunsCode:

@@ -72,6 +72,13 @@ def test_unknown_words_are_named_in_one_warning(encoder, caplog) -> None:
     assert torch.equal(odd, encoder.encode("a red circle"))
 
 
+def test_words_in_other_scripts_and_numbers_are_named_too(encoder, caplog) -> None:
+    with caplog.at_level(logging.WARNING, logger="lightforcing"):
+        encoder.encode("красный circle 3 círculo")
+    (record,) = caplog.records
+    assert record.getMessage().endswith("красный, 3, círculo")
+
+
 def test_surplus_words_are_cut_with_a_warning(encoder, caplog) -> None:
     with caplog.at_level(logging.WARNING, logger="lightforcing"):
         embedded = encoder.encode("large red circle left " * 20)

@@ -307,6 +307,9 @@ def test_every_entry_of_a_batch_is_a_video_of_its_own() -> None:
     together = torch.cat([c.latents for c in rollout(tree, settings, context, pair)], dim=2)
 
     class Second:
+        shape = (1, 16, HEIGHT, WIDTH)
+        device = torch.device("cpu")
+
         def initial(self, frames: range) -> Tensor:
             return pair.initial(frames)[1:]
 

@@ -115,6 +115,12 @@ def test_every_sampling_option_reaches_the_rollout(files: list[str], tmp_path: P
         (["--vae=nowhere.safetensors"], "nowhere.safetensors"),
         (["--model=nowhere.pt"], "nowhere.pt"),
         (["--frames=1", f"--image={__file__}"], "nothing to generate"),
+        (["--image", __file__], "test_generate.py"),
+        (["--frames=abc"], "--frames"),
+        (["--size="], "WIDTHxHEIGHT"),
+        (["--size=²x16"], "WIDTHxHEIGHT"),
+        (["--json=nowhere/x.json"], "nowhere"),
+        (["--device=meta"], "not supported"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -125,7 +131,10 @@ def test_bad_input_is_one_line_and_status_2(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    status = generate(files, tmp_path / "a.mp4", "--frames=9", "--size=64x48", *arguments)
+    try:
+        status = generate(files, tmp_path / "a.mp4", "--frames=9", "--size=64x48", *arguments)
+    except SystemExit as stopped:  # argparse's own checks
+        status = stopped.code
     error = capsys.readouterr().err
     assert status == 2
     assert error.count("\n") == 1
@@ -182,6 +191,82 @@ def test_weights_that_blow_up_are_an_error_not_a_black_video(
     assert generate(files, tmp_path / "a.mp4", *arguments) == 2
     assert "NaN" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["hot.pt"]
+
+
+def test_the_shipped_model_is_the_default(tmp_path: Path) -> None:
+    out, report = tmp_path / "a.mp4", tmp_path / "a.json"
+    prompt = "--prompt=a large red circle moving quickly right over a checkered slate background"
+    arguments = [prompt, f"--out={out}", f"--json={report}", "--frames=9", "--device=cpu"]
+    assert main(["generate", *arguments]) == 0
+    frames, _ = read_video(out)
+    assert frames.shape == (9, 128, 256, 3)
+    red = (frames[..., 0] > 150) & (frames[..., 1] < 90) & (frames[..., 2] < 90)
+    across = [np.nonzero(picture)[1].mean() for picture in red]
+    # A circle of radius 24 has 1810 pixels, and quickly is 2.5 pixels a frame.
+    assert 1200 < red.sum((1, 2)).mean() < 2400
+    assert 12 < across[-1] - across[0] < 28
+
+
+def test_an_output_may_not_overwrite_a_file_of_the_run(files: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "a.mp4"
+    assert generate(files, out, f"--json={out}") == 2
+    model = Path(files[0].removeprefix("--model="))
+    assert generate(files, out, f"--json={model}") == 2
+    assert model.stat().st_size > 1000
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError("Unable to allocate"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["cuda", "numpy", "cpu"],
+)
+def test_running_out_of_memory_says_what_to_change(
+    files: list[str],
+    tmp_path: Path,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lightforcing.lightforcing_core.rollout.wan_forward", fail)
+    assert generate(files, tmp_path / "a.mp4", "--frames=9", "--size=64x48") == 2
+    assert "smaller --size" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_fails_late_names_the_frames_it_made(
+    files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from lightforcing.lightforcing_core.wan.forward import wan_forward
+
+    calls = iter(range(99))
+
+    def breaks_in_the_second_chunk(*arguments: object) -> torch.Tensor:
+        velocity = wan_forward(*arguments)
+        return velocity * float("nan") if next(calls) > 4 else velocity
+
+    target = "lightforcing.lightforcing_core.rollout.wan_forward"
+    monkeypatch.setattr(target, breaks_in_the_second_chunk)
+    assert generate(files, tmp_path / "a.mp4", "--frames=33", "--size=64x48") == 2
+    error = capsys.readouterr().err
+    assert "NaN" in error
+    assert f"the first 9 frames are in {tmp_path / 'a.interrupted.mp4'}" in error
+
+
+def test_a_reader_that_leaves_does_not_change_the_status(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("lightforcing")), "verify"]
+    pipe = f"{' '.join(command)} {tmp_path / 'nowhere'} | true; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", pipe], stderr=subprocess.DEVNULL).returncode == 2
 
 
 def test_doctor_says_what_is_on_and_why(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from lightforcing.lightforcing_core.layout import (
     chunk_lengths,
     context_lengths,
     latent_frames,
-    pixel_frames,
 )
 from lightforcing.lightforcing_core.noise import SeededNoise
 from lightforcing.lightforcing_core.timesteps import SELF_FORCING_STEPS, check_steps, warp_steps
@@ -23,7 +22,6 @@ from lightforcing.lightforcing_core.wan.rope import apply_rope, axis_split, rope
 
 def test_published_sizes() -> None:
     assert latent_frames(81) == 21
-    assert pixel_frames(21) == 81
     assert FrameSize(832, 480).frame_tokens == 1560
     assert FrameSize.parse("768x512").frame_tokens == 1536
     assert FrameSize(256, 128).frame_tokens == 128

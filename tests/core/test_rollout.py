@@ -129,6 +129,44 @@ def test_settings_that_cannot_work_are_refused(
         run(tree, text, RolloutSettings(**values))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"window_frames": 3, "sink_frames": 1}, {"window_frames": 4, "sink_frames": 2}],
+    ids=str,
+)
+def test_a_window_too_small_is_noticed_before_the_first_chunk(
+    tree: WanModel, text: TextContext, changes: dict[str, int]
+) -> None:
+    chunks = rollout(tree, RolloutSettings(9, 3, STEPS, **changes), text, SeededNoise(0, SHAPE))
+    with pytest.raises(UserError, match="does not fit a window"):
+        next(chunks)
+
+
+def test_a_video_shorter_than_its_window_may_name_sinks(tree: WanModel, text: TextContext) -> None:
+    windowed = RolloutSettings(3, 3, STEPS, window_frames=7, sink_frames=3)
+    a = run(tree, text, windowed)[0].latents
+    b = run(tree, text, RolloutSettings(3, 3, STEPS))[0].latents
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 1, 8, 8), (2, 16, 1, 4, 4), (1, 8, 1, 4, 4), (16, 1, 4, 4)], ids=str
+)
+def test_given_latents_of_another_size_are_refused(
+    tree: WanModel, text: TextContext, shape: tuple[int, ...]
+) -> None:
+    noise = SeededNoise(0, SHAPE)
+    with pytest.raises(UserError, match="given latents"):
+        next(rollout(tree, RolloutSettings(2, 2), text, noise, given_latents=torch.zeros(shape)))
+
+
+def test_given_latents_with_nan_are_refused(tree: WanModel, text: TextContext) -> None:
+    given = torch.full((1, 16, 1, 4, 4), float("nan"))
+    noise = SeededNoise(0, SHAPE)
+    with pytest.raises(UserError, match="NaN"):
+        next(rollout(tree, RolloutSettings(2, 2), text, noise, given_latents=given))
+
+
 def test_latents_that_do_not_divide_by_the_patch_are_refused(
     tree: WanModel, text: TextContext
 ) -> None:

@@ -88,6 +88,28 @@ def test_write_works_without_expectations(golden_dir: Path, tmp_path: Path) -> N
             assert torch.allclose(written[name], value, rtol=1e-3, atol=1e-4), name
 
 
+@pytest.mark.parametrize("damage", ["metadata", "weight", "renoise"])
+def test_damaged_golden_files_are_refused(golden_dir: Path, damage: str, tmp_path: Path) -> None:
+    source = golden_dir / FILES[0]
+    tensors, metadata = load_file(source), metadata_of(source)
+    if damage == "metadata":
+        metadata["golden"] = "{nonsense"
+    elif damage == "weight":
+        del tensors["model.blocks.0.ffn.2.bias"]
+    else:
+        tensors["chunkwise.renoise"] = tensors["chunkwise.renoise"][:2].contiguous()
+    path = tmp_path / "damaged.safetensors"
+    save_file(tensors, path, metadata=metadata)
+    assert main(["verify", str(path)]) == 2
+
+
+def test_write_is_checked_before_the_work(golden_dir: Path, tmp_path: Path) -> None:
+    source = golden_dir / FILES[1]
+    assert main(["verify", str(source), "--write", str(tmp_path / "no" / "x")]) == 2
+    assert main(["verify", str(source), "--write", str(source)]) == 2
+    assert load_file(source)
+
+
 def test_files_that_are_not_golden_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "plain.safetensors"
     save_file({"a": torch.zeros(1)}, path)

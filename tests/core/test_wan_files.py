@@ -68,7 +68,7 @@ def test_files_given_for_the_wrong_role_are_called_by_their_name(
     )
     for files, what in (
         ((vae, vae, text), "a Wan VAE"),
-        ((model, model, text), "Wan"),
+        ((model, model, text), "a Wan denoiser"),
         ((model, vae, model), "UMT5"),
     ):
         arguments = [

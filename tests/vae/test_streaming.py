@@ -189,6 +189,17 @@ def test_nan_in_latents_stays_visible(make: VAEFactory) -> None:
 
 
 @EVERY_KIND
+def test_overflow_does_not_pass_for_black_or_white(
+    make: VAEFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = make()
+    exact = vae.network.decode
+    infinite = lambda *inputs: (exact(*inputs)[0] * torch.inf, exact(*inputs)[1])  # noqa: E731
+    monkeypatch.setattr(vae.network, "decode", infinite)
+    assert vae.new_decoder().decode(torch.randn(1, 16, 1, 2, 2)).isnan().all()
+
+
+@EVERY_KIND
 def test_latents_and_frames_of_any_float_type_are_taken(make: VAEFactory) -> None:
     vae = make()
     frames = vae.new_decoder().decode(torch.randn(1, 16, 1, 2, 2).bfloat16())
