@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightforcing.lightforcing_core.attention import dense_attention
 from lightforcing.lightforcing_core.noise import SeededNoise
 from lightforcing.lightforcing_core.rollout import RolloutSettings, rollout
 from lightforcing.lightforcing_core.wan.config import WanConfig
-from lightforcing.lightforcing_core.wan.forward import prepare_text
+from lightforcing.lightforcing_core.wan.forward import prepare_text, wan_forward
 from lightforcing.lightforcing_core.wan.modules import WanModel
 
 HEIGHT, WIDTH = 4, 6  # latent size: 2 x 3 tokens a frame
@@ -246,6 +247,33 @@ CASES = {
         {"window": 5, "sink": 2},
     ),
 }
+
+
+def test_every_frame_has_a_timestep_of_its_own() -> None:
+    """One forward over clean, half noisy and noisy frames, as teacher forcing uses it."""
+    tree = random_tree(small_config())
+    latents = torch.randn(16, 3, HEIGHT, WIDTH)
+    text = torch.randn(4, tree.config.text_dim)
+    timesteps = [0.0, 412.5, 1000.0]
+    weights = {k: v.detach().double() for k, v in tree.named_parameters()}
+    expected = oracle_velocity(
+        weights,
+        tree.config,
+        latents.double(),
+        timesteps,
+        torch.ones(3, 3, dtype=torch.bool),
+        text.double(),
+    )
+    with torch.no_grad():
+        velocity = wan_forward(
+            tree,
+            latents[None],
+            torch.tensor([timesteps]),
+            range(3),
+            prepare_text(tree, text[None]),
+            lambda layer, q, k, v: dense_attention(q, k, v),
+        )
+    assert_same(velocity[0], expected)
 
 
 @pytest.mark.parametrize("name", CASES)
