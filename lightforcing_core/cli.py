@@ -16,6 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rich.console import Console
+from rich.logging import RichHandler
+
 from .errors import Cancelled, UserError
 from .outputs import check_output, replacing
 
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch loads OpenMP: threads that spin for long while another program has the core make
     # a run on a busy machine more than ten times slower. Short spinning costs nothing otherwise.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    _set_up_logging(arguments.verbose)
+    arguments.console = _set_up_logging(arguments.verbose)
     try:
         if arguments.json is not None:
             check_output(arguments.json, _files_of(arguments))
@@ -65,10 +68,8 @@ def _files_of(arguments: argparse.Namespace) -> list[Path]:
     return [item for item in flat if isinstance(item, Path)]
 
 
-def _set_up_logging(verbose: bool) -> None:
-    from rich.console import Console
-    from rich.logging import RichHandler
-
+def _set_up_logging(verbose: bool) -> Console:
+    """Log to stderr; the console returned is the one a progress bar must share with the log."""
     console = Console(stderr=True)
     handler: logging.Handler
     if console.is_terminal:
@@ -79,6 +80,7 @@ def _set_up_logging(verbose: bool) -> None:
     logger = logging.getLogger("lightforcing")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    return console
 
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
@@ -195,7 +197,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
     )
-    with _StopRequest() as stop, ChunkProgress() as progress:
+    with _StopRequest() as stop, ChunkProgress(arguments.console) as progress:
         result = generate(request, on_chunk=progress.update, should_stop=stop.asked)
     _write_json(arguments.json, result.to_dict())
     _say(

@@ -18,18 +18,18 @@ class ChunkProgress:
     A terminal gets a bar, anything else one line per chunk.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("chunk {task.completed}/{task.total}"),
+            TextColumn("{task.fields[chunk]}"),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(compact=True),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("loading", total=None, rate="")
+        self._task = self._bar.add_task("loading", total=None, chunk="", rate="")
         self._started = 0.0
         self._frames = 0
 
@@ -54,6 +54,7 @@ class ChunkProgress:
             self._task,
             completed=done,
             total=report.num_chunks,
+            chunk=f"chunk {done}/{report.num_chunks}",
             rate=rate,
             description="generating",
         )
