@@ -41,7 +41,7 @@ test: lint
 
 train-embedded: setup
 	@echo "== training the embedded model"
-	$(BIN)/python -m lightforcing.training.run_all
+	$(BIN)/python -m lightforcing.training.run_all --out build/training --export models
 
 clean:
 	@echo "== removing $(VENV), output/ and caches"
