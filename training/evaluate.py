@@ -37,6 +37,7 @@ PROMPTS, SEEDS = 64, 3
 SETS = ("one_object", "several_objects")
 _PROMPT_SEED = 20261122
 _AT_ONCE = 16
+_DECODED_AT_ONCE = 4
 
 
 def held_out_scenes(number: int, device: torch.device, *, several: bool) -> Scenes:
@@ -75,8 +76,9 @@ def generate(
         noise = SeededNoise(seed * 1000 + start, shape, weight.device)
         settings = RolloutSettings(latent_frames, frames_per_chunk=CHUNK, steps=steps)
         chunks = [chunk.latents for chunk in rollout(model, settings, text, noise)]
-        frames = decode_video(vae, torch.cat(chunks, dim=2))
-        videos.append((frames * 255).round().byte())
+        # Decoding whole videos takes gigabytes of activations: a few at a time.
+        for latents in torch.cat(chunks, dim=2).split(_DECODED_AT_ONCE):
+            videos.append((decode_video(vae, latents) * 255).round().byte())
     return torch.cat(videos)
 
 

@@ -18,7 +18,7 @@ from .judge import METRICS, Verdict, join, judge
 from .scenes import MAX_OBJECTS, Scenes, render, sample_attributes
 from .vocabulary import COLOURS, DIRECTIONS, SHAPES
 
-_AT_ONCE = 8
+_AT_ONCE = 4
 _DECIDING = METRICS[:4]
 
 
