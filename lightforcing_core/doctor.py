@@ -42,8 +42,12 @@ def _versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             return None
 
-    packages = ("lightforcing", "torch", "numpy", "safetensors", "imageio-ffmpeg", "transformers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = ("lightforcing", "numpy", "safetensors", "imageio-ffmpeg", "transformers")
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # says which build, unlike the package's metadata
+        **{name: version(name) for name in packages},
+    }
 
 
 def _devices() -> list[dict[str, Any]]:
