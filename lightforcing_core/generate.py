@@ -22,6 +22,7 @@ from .noise import SeededNoise, check_seed
 from .outputs import check_output
 from .rollout import ChunkStatistics, RolloutSettings, rollout
 from .text.load import load_text_encoder
+from .timesteps import check_steps
 from .vae.load import load_vae
 from .vae.streaming import VideoVAE
 from .video_io import VideoWriter, frames_to_uint8, load_image
@@ -176,7 +177,11 @@ def _check(request: GenerateRequest) -> None:
             "and its UMT5 text encoder; leave --model out to use the embedded one"
         )
     check_seed(request.seed)
-    _settings(request, Preset())  # raises on what no preset can mend
+    if request.frames is not None:
+        _frames_to_generate(request, request.frames)
+    for steps in (request.steps, request.first_chunk_steps):
+        if steps is not None:
+            check_steps(steps)
     if request.start_image is not None:
         load_image(request.start_image, 16, 16)
     if not request.prompt.strip():
@@ -285,6 +290,17 @@ def _encode(request: GenerateRequest, device: torch.device, dtype: torch.dtype) 
     return embeds
 
 
+def _frames_to_generate(request: GenerateRequest, frames: int) -> int:
+    """Latent frames to generate of a video of so many pixel frames, the start image left out."""
+    given = 0 if request.start_image is None else 1
+    to_generate = latent_frames(frames) - given
+    if to_generate < 1:
+        raise UserError(
+            f"{frames} frame leaves nothing to generate after the start image; ask for 5 or more"
+        )
+    return to_generate
+
+
 def _settings(request: GenerateRequest, preset: Preset) -> tuple[RolloutSettings, FrameSize]:
     def chosen(value: Any, suggestion: Any) -> Any:
         return suggestion if value is None else value
@@ -293,17 +309,11 @@ def _settings(request: GenerateRequest, preset: Preset) -> tuple[RolloutSettings
     if preset.width is not None and preset.height is not None:
         preset_size = FrameSize(preset.width, preset.height)
     frames = chosen(request.frames, preset.frames or _DEFAULT_FRAMES)
-    given = 0 if request.start_image is None else 1
-    to_generate = latent_frames(frames) - given
-    if to_generate < 1:
-        raise UserError(
-            f"{frames} frame leaves nothing to generate after the start image; ask for 5 or more"
-        )
     window = chosen(request.window_frames, preset.window_frames)
     # A sink belongs to a window: a preset's goes when the user asks for the whole history.
     preset_sink = 0 if window == -1 else preset.sink_frames
     settings = RolloutSettings(
-        num_frames=to_generate,
+        num_frames=_frames_to_generate(request, frames),
         frames_per_chunk=chosen(request.frames_per_chunk, preset.frames_per_chunk),
         steps=chosen(request.steps, preset.steps),
         first_chunk_steps=request.first_chunk_steps,

@@ -142,6 +142,22 @@ def test_bad_input_is_one_line_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_models_window_may_be_combined_with_a_sink_of_ones_own(
+    files: list[str], tmp_path: Path
+) -> None:
+    """What the file says and what the user says are judged together, not one without the other."""
+    path = tmp_path / "windowed.safetensors"
+    tensors = torch.load(files[0].removeprefix("--model="), weights_only=True)["generator_ema"]
+    facts = {"num_heads": 1, "window_frames": 6, "sink_frames": 1, "frames": 21}
+    save_file(tensors, path, metadata={"lightforcing": json.dumps(facts)})
+    for options, kept in ((["--sink=2"], [3, 6]), (["--window=-1"], [3, 6])):
+        report = tmp_path / "a.json"
+        arguments = [f"--model={path}", "--size=64x48", f"--json={report}", *options]
+        assert generate(files, tmp_path / "a.mp4", *arguments) == 0
+        chunks = json.loads(report.read_text())["chunks"]
+        assert [c["kv_frames"] for c in chunks] == kept
+
+
 def test_a_model_of_ones_own_needs_its_companions(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
