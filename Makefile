@@ -11,7 +11,7 @@ help:
 	@echo "make demo            a prompt becomes output/demo.mp4 with the embedded model"
 	@echo "make lint            ruff and the import contract"
 	@echo "make test            lint and every test (tests marked gpu only where there is one)"
-	@echo "make train-embedded  train the embedded model again (one large GPU, about 25 minutes)"
+	@echo "make train-embedded  train the embedded model again (one large GPU, about 20 minutes)"
 	@echo "make clean           remove $(VENV), output/ and caches"
 
 setup: $(STAMP)

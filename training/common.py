@@ -39,8 +39,8 @@ class Sizes:
     num_layers: int = 7
     pool_clips: int = 8192
     pool_openings: int = 65536
-    batch_clips: int = 32
-    batch_openings: int = 128
+    batch_clips: int = 16
+    batch_openings: int = 256
     autoencoder_batch: int = 8
     autoencoder_latents: int = 5
     rollout_clips: int = 64

@@ -26,7 +26,7 @@ from .vocabulary import write_table
 MODEL_FILE = "lightforcing_mini_256x128.safetensors"
 VAE_FILE = "lightforcing_mini_vae.safetensors"
 TEXT_FILE = "lightforcing_mini_text.safetensors"
-STAGE_SECONDS = {"autoencoder": 240.0, "teacher": 400.0, "distil": 400.0}
+STAGE_SECONDS = {"autoencoder": 220.0, "teacher": 200.0, "distil": 420.0}
 
 
 def make_autoencoder(run: Run, path: Path, resume: Path | None) -> None:

@@ -101,7 +101,11 @@ def held_out_table() -> Tensor:
 
 
 def sample_attributes(
-    batch: int, generator: torch.Generator, *, held_out_first: bool = False
+    batch: int,
+    generator: torch.Generator,
+    *,
+    held_out_first: bool = False,
+    count_weights: Sequence[float] = (0.5, 0.35, 0.15),
 ) -> Scenes:
     """Draw scenes on the generator's device.
 
@@ -110,6 +114,7 @@ def sample_attributes(
         generator: decides everything.
         held_out_first: the first object has a combination that training never shows; otherwise
             no object has one.
+        count_weights: how often a scene has one object, two, three.
     """
     device = generator.device
     table = held_out_table().to(device)
@@ -128,7 +133,7 @@ def sample_attributes(
             combos[:, slot] = torch.where(
                 clash[:, None], kept[draw(len(kept), batch)], combos[:, slot]
             )
-    weights = torch.tensor([0.5, 0.35, 0.15], device=device)
+    weights = torch.tensor(count_weights, device=device)
     count = torch.multinomial(weights, batch, replacement=True, generator=generator) + 1
     # After 16 redraws a clash is very rare; dropping the later objects keeps the promise.
     for slot in range(1, MAX_OBJECTS):

@@ -86,7 +86,10 @@ def validate(model: TAEHV | None, generator: torch.Generator, clips: int) -> dic
     wrong = {}
     for name in ("colour", "shape", "direction"):
         pictures = true_videos(wrong_attribute(scenes, name), model)
-        wrong[name] = judge_bytes(pictures, scenes).summary()[name]
+        verdict = judge_bytes(pictures, scenes).summary()
+        wrong[name] = verdict[name]
+        if name == "colour":
+            wrong["present_last_frame"] = verdict["present_last_frame"]
     return {
         "truth": judge_bytes(videos, scenes).summary(),
         "other_prompts": {name: shuffled[name] for name in _DECIDING},
