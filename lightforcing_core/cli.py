@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--write", type=Path, metavar="OUT", help="store what was computed as safetensors"
     )
+    _add_inspect(
+        command("inspect", _inspect, "Say what a checkpoint is and whether it fits this machine.")
+    )
+    _add_convert(
+        command("convert", _convert, "Write any supported checkpoint as clean safetensors.")
+    )
     command("doctor", _doctor, "Show what this machine can run, and why not the rest.")
     return parser
 
@@ -145,6 +151,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
         choices=("normalised", "denormalised"),
         help="what a TAEHV file takes: normalised (taew2_1) or denormalised (lighttaew2_1)",
     )
+    _add_weights(files)
     video = sub.add_argument_group("video")
     video.add_argument("--frames", type=int, help="pixel frames, 4k + 1 (default: model's, 81)")
     video.add_argument("--size", help="WIDTHxHEIGHT in pixels, multiples of 16")
@@ -170,10 +177,41 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
 
 
+def _add_weights(group: argparse._ActionsContainer) -> None:
+    """Options that say more about a checkpoint than its tensors do."""
+    group.add_argument("--family", help="family of the weights, where the file does not say")
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="merge a LoRA into the weights; may be given several times",
+    )
+
+
+def _add_inspect(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file", type=Path, metavar="FILE", help="checkpoint file or folder")
+    sub.add_argument("--family", help="of which family the weights are")
+    sub.add_argument("--size", help="WIDTHxHEIGHT to plan memory for (default: model's, 832x480)")
+    sub.add_argument("--frames", type=int, help="pixel frames to plan for (default: model's, 81)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    sub.add_argument(
+        "--header-only", action="store_true", help="do not look for NaN and infinity in the weights"
+    )
+
+
+def _add_convert(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file", type=Path, metavar="FILE", help="checkpoint file or folder")
+    sub.add_argument("out", type=Path, metavar="OUT.safetensors", help="file to write")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as is")
+    _add_weights(sub)
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     # Late: torch takes seconds to import, and --help should not.
     import torch
 
+    from .checkpoints.lora import parse_strength
     from .generate import GenerateRequest, generate
     from .layout import FrameSize
     from .progress import ChunkProgress
@@ -185,6 +223,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         vae=arguments.vae,
         text_encoder=arguments.text_encoder,
         vae_latents=arguments.vae_latents,
+        family=arguments.family,
+        loras=[parse_strength(text) for text in arguments.lora],
         frames=arguments.frames,
         size=FrameSize.parse(arguments.size) if arguments.size is not None else None,
         seed=arguments.seed,
@@ -198,7 +238,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
     )
     with _StopRequest() as stop, ChunkProgress(arguments.console) as progress:
-        result = generate(request, on_chunk=progress.update, should_stop=stop.asked)
+        result = generate(
+            request, on_load=progress.loading, on_chunk=progress.update, should_stop=stop.asked
+        )
     _write_json(arguments.json, result.to_dict())
     _say(
         f"{result.out}: {result.frames} frames of {result.size.width}x{result.size.height} in "
@@ -248,6 +290,53 @@ def _verify(arguments: argparse.Namespace) -> int:
     failed = sum(not result.passed for result in results)
     _say(f"{len(results) - failed} of {len(results)} cases within {TOLERANCE:g}")
     return EXIT_FAILED_CHECK if failed else 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .checkpoints.inspect import check_values, inspect_checkpoint, summary
+    from .layout import FrameSize
+    from .progress import FileProgress
+
+    inspection = inspect_checkpoint(
+        arguments.file,
+        family=arguments.family,
+        size=FrameSize.parse(arguments.size) if arguments.size is not None else None,
+        frames=arguments.frames,
+        device=arguments.device,
+    )
+    _write_json(arguments.json, inspection.to_dict())
+    inspection.checkpoint.check_whole()
+    if not arguments.header_only:
+        with FileProgress(arguments.console, "looking for NaN") as progress:
+            check_values(inspection.checkpoint, progress.update)
+    for name, value in summary(inspection):
+        _say(f"{name:<12} {value}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .checkpoints.convert import convert_checkpoint
+    from .checkpoints.lora import load_lora, parse_strength
+    from .progress import FileProgress
+
+    loras = [parse_strength(text) for text in arguments.lora]
+    with FileProgress(arguments.console, "converting") as progress:
+        result = convert_checkpoint(
+            arguments.file,
+            arguments.out,
+            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+            family=arguments.family,
+            loras=[(load_lora(path), strength) for path, strength in loras],
+            on_progress=progress.update,
+        )
+    _write_json(arguments.json, result.to_dict())
+    _say(
+        f"{result.out}: {result.tensors} tensors, {result.out_bytes / 2**30:.2f} GiB, "
+        f"from {result.format}"
+    )
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

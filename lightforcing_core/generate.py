@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoints.load import LoadedModel, Preset, load_model
+from .checkpoints.load import LoadedModel, load_model
+from .checkpoints.lora import load_lora
+from .checkpoints.presets import Preset
 from .embedded import EMBEDDED_MODEL, EMBEDDED_VAE
 from .errors import Cancelled, UserError
 from .layout import FrameSize, latent_frames
@@ -43,6 +45,8 @@ class GenerateRequest:
         frames: pixel frames, 4 k + 1, the start image included.
         start_image: picture the video begins with (image to video).
         frames_per_chunk, window_frames, sink_frames: latent frames.
+        family: name of the weights' family (checkpoints.families), which suggests settings.
+        loras: LoRA files and their strengths, merged into the weights.
         device, dtype: default to CUDA and bf16 where there is a GPU, else CPU and float32.
     """
 
@@ -61,6 +65,8 @@ class GenerateRequest:
     sink_frames: int | None = None
     start_image: Path | None = None
     vae_latents: str | None = None
+    family: str | None = None
+    loras: Sequence[tuple[Path, float]] = ()
     device: str | None = None
     dtype: torch.dtype | None = None
 
@@ -122,6 +128,7 @@ class GenerateResult:
 def generate(
     request: GenerateRequest,
     *,
+    on_load: Callable[[int, int], None] = lambda done, total: None,
     on_chunk: Callable[[ChunkReport], None] = lambda report: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> GenerateResult:
@@ -129,6 +136,7 @@ def generate(
 
     Args:
         request: what to make.
+        on_load: told how many bytes of the model are read, and of how many.
         on_chunk: called after each chunk's frames are written.
         should_stop: asked before every forward of the denoiser.
 
@@ -140,7 +148,7 @@ def generate(
     _check(request)
     device, dtype = _placement(request)
     try:
-        return _generate(request, device, dtype, on_chunk, should_stop)
+        return _generate(request, device, dtype, on_load, on_chunk, should_stop)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(device) from error
     except RuntimeError as error:
@@ -160,6 +168,7 @@ def _out_of_memory(device: torch.device) -> UserError:
 def _check(request: GenerateRequest) -> None:
     """All that can be refused before anything is loaded."""
     inputs = (request.model, request.vae, request.text_encoder, request.start_image)
+    inputs += tuple(path for path, _ in request.loras)
     check_output(request.out, inputs)
     if request.out.suffix.lower() != ".mp4":
         raise UserError(f"{request.out} must end in .mp4, the only video format written")
@@ -192,11 +201,12 @@ def _generate(
     request: GenerateRequest,
     device: torch.device,
     dtype: torch.dtype,
+    on_load: Callable[[int, int], None],
     on_chunk: Callable[[ChunkReport], None],
     should_stop: Callable[[], bool],
 ) -> GenerateResult:
     started = time.perf_counter()
-    job = _prepare(request, device, dtype)
+    job = _prepare(request, device, dtype, on_load)
     load_seconds = time.perf_counter() - started
 
     started = time.perf_counter()
@@ -208,6 +218,10 @@ def _generate(
             for frames, report in _stream(job, request.seed, should_stop):
                 writer.write(frames)
                 if report is not None:
+                    if not reports:
+                        # Only now it is sure that the run is possible: an error stays one line.
+                        for note in job.model.notes:
+                            log.warning(note)
                     reports.append(report)
                     on_chunk(report)
             seconds = time.perf_counter() - started
@@ -263,9 +277,22 @@ def _placement(request: GenerateRequest) -> tuple[torch.device, torch.dtype]:
     return device, request.dtype or default
 
 
-def _prepare(request: GenerateRequest, device: torch.device, dtype: torch.dtype) -> _Job:
+def _prepare(
+    request: GenerateRequest,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_load: Callable[[int, int], None],
+) -> _Job:
+    loras = [(load_lora(path), strength) for path, strength in request.loras]
     embeds = _encode(request, device, dtype)
-    model = load_model(request.model or EMBEDDED_MODEL, device=device, dtype=dtype)
+    model = load_model(
+        request.model or EMBEDDED_MODEL,
+        device=device,
+        dtype=dtype,
+        family=request.family,
+        loras=loras,
+        on_progress=on_load,
+    )
     with torch.no_grad():
         text = prepare_text(model.tree, embeds)
     settings, size = _settings(request, model.preset)
@@ -316,11 +343,19 @@ def _settings(request: GenerateRequest, preset: Preset) -> tuple[RolloutSettings
         num_frames=_frames_to_generate(request, frames),
         frames_per_chunk=chosen(request.frames_per_chunk, preset.frames_per_chunk),
         steps=chosen(request.steps, preset.steps),
-        first_chunk_steps=request.first_chunk_steps,
+        first_chunk_steps=_first_chunk_steps(request, preset),
         window_frames=window,
         sink_frames=chosen(request.sink_frames, preset_sink),
+        context_timestep=preset.context_timestep,
     )
     return settings, chosen(request.size, preset_size)
+
+
+def _first_chunk_steps(request: GenerateRequest, preset: Preset) -> Sequence[float] | None:
+    """A preset's own list for the first chunk belongs to its list for the others."""
+    if request.first_chunk_steps is not None or request.steps is not None:
+        return request.first_chunk_steps
+    return preset.first_chunk_steps
 
 
 def _stream(

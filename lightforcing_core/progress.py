@@ -1,4 +1,4 @@
-"""The progress bar of `lightforcing generate`."""
+"""Progress of the command: chunks of a video, bytes of a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from .generate import ChunkReport
@@ -40,6 +46,10 @@ class ChunkProgress:
     def __exit__(self, *exc_info: object) -> None:
         self._bar.stop()
 
+    def loading(self, done: int, total: int) -> None:
+        """Show how many bytes of the model are read."""
+        self._bar.update(self._task, completed=done, total=total)
+
     def update(self, report: ChunkReport) -> None:
         """Show that a chunk is done."""
         now = time.perf_counter()
@@ -58,3 +68,30 @@ class ChunkProgress:
             rate=rate,
             description="generating",
         )
+
+
+class FileProgress:
+    """A bar of bytes while a large file is read; nothing where there is no terminal."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._bar = Progress(
+            TextColumn(what),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task(what, total=None)
+
+    def __enter__(self) -> FileProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, total: int) -> None:
+        """Show that so many bytes of all are read."""
+        self._bar.update(self._task, completed=done, total=total)

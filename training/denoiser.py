@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..lightforcing_core.attention import dense_attention
+from ..lightforcing_core.checkpoints.metadata import file_metadata as wan_file_metadata
 from ..lightforcing_core.timesteps import SELF_FORCING_STEPS, TRAIN_TIMESTEPS
 from ..lightforcing_core.wan.config import WanConfig
 from ..lightforcing_core.wan.forward import (
@@ -76,10 +76,7 @@ def file_metadata(sizes: Sizes) -> dict[str, str]:
         "height": HEIGHT,
         "frames": FRAMES,
     }
-    return {
-        "config": json.dumps({"transformer": {"causal_ar": True}}),
-        "lightforcing": json.dumps(facts),
-    }
+    return wan_file_metadata(facts)
 
 
 def per_frame(per_chunk: Tensor) -> Tensor:

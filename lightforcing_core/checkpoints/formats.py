@@ -1,103 +1,150 @@
-"""Known layouts of a Wan denoiser, and how each becomes Wan's own names.
+"""Which layout a Wan denoiser's file has, and its tensors under Wan's own names.
 
-A format is a test on the names and a rename. `FORMATS` is the one place to add another.
+Everything is decided by the names of the tensors, never by the name of the file. A denoiser lies
+under every prefix P for which 'P patch_embedding.weight' exists; a training checkpoint has several
+(generator, its average, critics), and `_rank` says which is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..errors import UserError
+from .metadata import OUR_KEY
+from .names import from_diffusers, is_diffusers, strip_noise
+from .quantised import Unscaled, take_scales
 
-Tensors = Mapping[str, Tensor]
-
-# Wrappers that trainers put around the state dict; the averaged weights come first.
-_WRAPPERS = ("generator_ema", "generator", "model", "state_dict")
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
 _MARKER = "patch_embedding.weight"
+_TIES = "blocks.0."  # a denoiser has blocks; an embedding alone is something else
+_HOST_PREFIXES = ("", "diffusion_model.", "model.diffusion_model.")
 
 
 @dataclass(frozen=True)
-class Format:
-    """One layout: its identifier, whether some names are in it, and the rename to Wan's names."""
+class Recognised:
+    """A denoiser found in a file.
 
-    name: str
-    matches: Callable[[Tensors], bool]
-    rename: Callable[[Tensors], dict[str, Tensor]]
+    Attributes:
+        format: identifier, see docs/CHECKPOINTS.md.
+        root: what stood before Wan's names, 'generator_ema.model.' or ''.
+        weights: tensors under Wan's own names, scales apart.
+        passed_over: prefixes of other denoisers in the same file that were not read.
+    """
 
+    format: str
+    root: str
+    weights: Unscaled
+    passed_over: tuple[str, ...]
 
-def _under(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _wrapper(tensors: Tensors) -> str | None:
-    """The wrapper to read, 'generator_ema' before 'generator', or None."""
-    for name in _WRAPPERS:
-        inner = _under(tensors, f"{name}.")
-        if _MARKER in inner or f"model.{_MARKER}" in inner:
-            return name
-    return None
-
-
-def _without_prefix(tensors: Tensors) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if f"{prefix}{_MARKER}" in tensors:
-            return _under(tensors, prefix)
-    return dict(tensors)
+    @property
+    def is_average(self) -> bool:
+        """Whether these are the averaged (EMA) weights of a training checkpoint."""
+        return "ema" in _words(self.root)
 
 
-def _unwrapped(tensors: Tensors) -> dict[str, Tensor]:
-    # A flat 'model.' prefix reads as the wrapper of that name: one strip serves both.
-    return _without_prefix(_under(tensors, f"{_wrapper(tensors)}."))
-
-
-FORMATS: tuple[Format, ...] = (
-    Format("self_forcing", lambda tensors: _wrapper(tensors) is not None, _unwrapped),
-    Format(
-        "comfyui",
-        lambda tensors: _MARKER in _without_prefix(tensors),
-        _without_prefix,
-    ),
-)
-
-
-def normalise(tensors: Tensors) -> tuple[str, dict[str, Tensor]]:
-    """Find the layout and rename to Wan's names.
-
-    Returns:
-        (format identifier, tensors under Wan's names without any prefix).
+def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Recognised:
+    """Find the denoiser in a file.
 
     Raises:
-        UserError: no known layout; says what the names look like.
+        UserError: there is none (says what there is), two tensors have one name, or scales do
+            not fit their weights.
     """
-    for layout in FORMATS:
-        if layout.matches(tensors):
-            return layout.name, layout.rename(tensors)
-    raise UserError(
-        f"this file is {describe(tensors)}, not a Wan denoiser; expected a tensor "
-        f"'{_MARKER}' (Self Forcing .pt or ComfyUI safetensors)"
-    )
+    clean: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = strip_noise(name)
+        if short in clean:
+            raise UserError(f"two tensors become '{short}'; the file mixes several models")
+        clean[short] = tensor
+    roots = sorted(_roots(clean), key=_rank)
+    if not roots:
+        raise UserError(
+            f"this file is {describe(clean)}, not a Wan denoiser; expected a tensor "
+            f"'{_MARKER}': give the diffusion model's file here{_instead(clean)}"
+        )
+    root, *others = roots
+    inner = {k.removeprefix(root): v for k, v in clean.items() if k.startswith(root)}
+    # A shorter prefix ('' beside 'ema.') also covers the names of the longer ones.
+    nested = [other.removeprefix(root) for other in others if other.startswith(root)]
+    inner = {k: v for k, v in inner.items() if not k.startswith(tuple(nested))} if nested else inner
+    diffusers = is_diffusers(inner)
+    if diffusers:
+        inner = {from_diffusers(name): tensor for name, tensor in inner.items()}
+    weights = take_scales(inner)
+    if diffusers:
+        layout = "diffusers"
+    elif weights.layout is not None:
+        layout = weights.layout
+    elif OUR_KEY in metadata:
+        layout = "lightforcing"
+    else:
+        layout = "comfyui" if root in _HOST_PREFIXES else "self_forcing"
+    return Recognised(layout, root, weights, tuple(others))
 
 
-def describe(tensors: Tensors) -> str:
+def _roots(tensors: Mapping[str, Tensor]) -> list[str]:
+    found = []
+    for name in tensors:
+        root = name.removesuffix(_MARKER)
+        if name.endswith(_MARKER) and (not root or root.endswith(".")):
+            found.append(root)
+    with_blocks = {root for root in found if any(k.startswith(f"{root}{_TIES}") for k in tensors)}
+    # A file whose first block is missing is still a denoiser, to be told so.
+    return [root for root in found if root in with_blocks] or found
+
+
+def _words(root: str) -> set[str]:
+    return set(root.replace("_", ".").split("."))
+
+
+def _rank(root: str) -> tuple[bool, bool, bool, int, str]:
+    """Sort key: no critic or teacher, then averages, then generators, then the shortest prefix."""
+    words = _words(root)
+    side = bool(words & {"critic", "score", "discriminator", "teacher", "reward", "real", "fake"})
+    return side, "ema" not in words, "generator" not in words, len(root), root
+
+
+def describe(tensors: Mapping[str, Tensor]) -> str:
     """What the names of some tensors look like, in a few words."""
     names = list(tensors)
 
     def some(*needles: str) -> bool:
         return any(needle in name for name in names for needle in needles)
 
-    if some("lora_A", "lora_down", "lora_up"):
+    if some("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up"):
         return "a LoRA"
+    if some("hada_w1", "lokr_w", "oft_blocks"):
+        return "a LoRA-like adapter (LoHa, LoKr or OFT)"
     if some("decoder.middle.0.residual", "decoder.upsamples"):
         return "a Wan VAE"
+    if some("decoder.mid_block.", "decoder.up_blocks."):
+        return "a VAE in the diffusers layout"
     if some("decoder.22.", "decoder.1.weight"):
         return "a TAEHV autoencoder"
     if some("encoder.block.0.layer.0.SelfAttention", "spiece_model", "token_embedding.weight"):
         return "a T5 text encoder"
-    if _wrapper(tensors) is not None or _MARKER in _without_prefix(tensors):
+    if some(".img_in.", "double_blocks.", "single_blocks."):
+        return "another diffusion model (HunyuanVideo or Flux)"
+    if some("model.diffusion_model.input_blocks", "down_blocks."):
+        return "another diffusion model (a U-Net)"
+    if some(_MARKER):
         return "a Wan denoiser"
-    example = f", such as '{names[0]}'" if names else ""
+    if some("self_attn.norm_q.weight"):
+        return f"a Wan denoiser without its '{_MARKER}'"
+    if some(".weight_qdata", "transformer_blocks."):
+        return "another transformer"
+    example = f", such as '{names[0][:80]}'" if names else ""
     return f"a file of {len(names)} tensors of unknown kind{example}"
+
+
+def _instead(tensors: Mapping[str, Tensor]) -> str:
+    """Where a file of another kind belongs, as the end of a sentence."""
+    kind = describe(tensors)
+    if kind == "a LoRA":
+        return ", and this one as --lora"
+    if "VAE" in kind or "TAEHV" in kind:
+        return ", and this one as --vae"
+    if "text encoder" in kind:
+        return ", and this one as --text-encoder"
+    return ""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..checkpoints.files import read_state_dict
 from ..checkpoints.formats import describe
+from ..checkpoints.quantised import check_plain, take_scales
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ MAX_TOKENS = 512
 
 _INSTALL = "pip install 'lightforcing[umt5]' (or: pip install transformers sentencepiece)"
 _SPIECE = "spiece_model"
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 
 # Tensors that the sizes are read from.
 _TABLE = "shared.weight"
@@ -83,31 +82,16 @@ def _from_wan_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _without_scales(
-    tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+def _widened(
+    tensors: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Multiply fp8 weights by their scales, on the device, and drop the scales and markers."""
-    scales = {}
-    plain = {}
-    for name, tensor in tensors.items():
-        suffix = next((s for s in _SCALE_SUFFIXES if name.endswith(s)), None)
-        if suffix:
-            scales[name.removesuffix(suffix) + ".weight"] = tensor
-        elif name != "scaled_fp8" and not name.endswith(
-            (".scale_input", ".input_scale", ".comfy_quant")
-        ):
-            plain[name] = tensor
-    for name, scale in scales.items():
-        if name not in plain:
-            raise UserError(f"a scale without its weight: {name} is missing")
-        if plain[name].dtype not in _FP8 or scale.numel() != 1:
-            raise UserError(
-                f"{name} is quantised in a way that is not supported ({plain[name].dtype}, "
-                f"{scale.numel()} scales); give the fp16 or bf16 file of UMT5-XXL "
-                "(umt5_xxl_fp16.safetensors)"
-            )
-        plain[name] = (plain[name].to(device).float() * scale.to(device).float()).to(dtype)
-    return plain
+    """All tensors in one dtype on a device, eight-bit ones multiplied by their scales there."""
+    unscaled = take_scales(tensors)
+    check_plain(unscaled.tensors, unscaled.scales)
+    return {
+        name: unscaled.widened(name, tensor.to(device), dtype)
+        for name, tensor in unscaled.tensors.items()
+    }
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
@@ -262,8 +246,7 @@ class UMT5Encoder:
         else:
             tokenizer = _sentencepiece_tokenizer(data=piece.numpy().tobytes())
         try:
-            plain = _without_scales(encoder_only, device, dtype)
-            model = _build({k: v.to(device=device, dtype=dtype) for k, v in plain.items()})
+            model = _build(_widened(encoder_only, device, dtype))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         return cls(model, tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoints.files import read_state_dict
 from ..checkpoints.formats import describe
+from ..checkpoints.metadata import OUR_KEY, read_facts
 from ..errors import UserError
 from .latent_stats import LATENT_CHANNELS
 from .streaming import EncodePadding, LatentConvention, VideoVAE
@@ -20,7 +20,6 @@ from .taehv import TAEHV, TAEHVConfig
 from .wan_vae import WanVAE
 
 _LOG = logging.getLogger("lightforcing")
-_METADATA_KEY = "lightforcing"
 _WRAPPERS = ("first_stage_model.", "state_dict.", "model.", "vae.", "taehv.")
 _WAN_MARKER = "decoder.middle.0.residual.0.gamma"
 _TAEHV_MARKER = "decoder.22.bias"
@@ -42,29 +41,20 @@ def _looks_like(tensors: Mapping[str, Tensor]) -> str:
     """What a file that is no supported VAE looks like, in a few words."""
     if any(name.startswith("decoder.upsamples.0.upsamples.") for name in tensors):
         return "a Wan 2.2 VAE, whose latents Wan 2.1 models do not have"
-    if any(name.startswith(("decoder.mid_block.", "decoder.up_blocks.")) for name in tensors):
-        return "a VAE in the diffusers layout"
     return describe(tensors)
 
 
 def _file_conventions(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     """The conventions that a file of this project states in its metadata, checked."""
-    text = metadata.get(_METADATA_KEY)
-    if text is None:
-        return {}
-    try:
-        facts = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: metadata '{_METADATA_KEY}' is not JSON ({error})") from error
+    facts = read_facts(metadata, path)
     choices = {"latents": get_args(LatentConvention), "encode_padding": get_args(EncodePadding)}
-    known = facts if isinstance(facts, dict) else {}
     for name, allowed in choices.items():
-        if name in known and known[name] not in allowed:
+        if name in facts and facts[name] not in allowed:
             raise UserError(
-                f"{path}: metadata '{_METADATA_KEY}' says {name} = {known[name]!r}, expected "
+                f"{path}: metadata '{OUR_KEY}' says {name} = {facts[name]!r}, expected "
                 f"{' or '.join(allowed)}"
             )
-    return {name: known[name] for name in choices if name in known}
+    return {name: str(facts[name]) for name in choices if name in facts}
 
 
 def load_vae(

@@ -1,0 +1,146 @@
+"""Eight-bit weights with scales, back to plain numbers.
+
+Layouts, told apart by the names and shapes of the scales:
+
+- LightX2V (`fp8-vllm`, `int8-vllm`): `X.weight` float8 or int8 [out, in] and `X.weight_scale`
+  float32 [out, 1], one per output channel. Reference: LightX2V `tools/convert`.
+- ComfyUI scaled fp8: `X.weight` float8 and `X.scale_weight`, one number, with a tensor `scaled_fp8`
+  as a mark; newer files say `X.weight_scale` and hold a JSON text in `X.comfy_quant`. Scales of
+  inputs are for fp8 products and of no use here. Reference: ComfyUI `comfy/ops.py`.
+
+In all of them weight = number * scale, computed here in float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+_EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_SCALES = (".weight_scale", ".scale_weight")
+_UNUSED = (".scale_input", ".input_scale")
+_MARK = "scaled_fp8"
+_HOST_NOTE = ".comfy_quant"
+_KNOWN_NOTES = ("float8_e4m3fn", "float8_e5m2")
+
+
+@dataclass(frozen=True)
+class Unscaled:
+    """A state dict with its scales taken out.
+
+    Attributes:
+        tensors: everything else, by name; quantised weights as stored.
+        scales: scale of each quantised weight, by the weight's name.
+        layout: 'lightx2v_fp8', 'lightx2v_int8', 'comfyui_fp8', or None when nothing is scaled.
+    """
+
+    tensors: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    layout: str | None
+
+    def widened(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of this state dict, wherever it lies now, as plain numbers of a dtype."""
+        scale = self.scales.get(name)
+        if scale is None:
+            return tensor.to(dtype)
+        column = scale.to(tensor.device).float().reshape(-1, *[1] * (tensor.ndim - 1))
+        return (tensor.float() * column).to(dtype)
+
+
+def take_scales(tensors: Mapping[str, Tensor]) -> Unscaled:
+    """Separate weights from scales and check that they belong together.
+
+    Raises:
+        UserError: a scale without its weight or of a shape that does not fit it, or a
+            quantisation that is none of the known ones.
+    """
+    plain: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    marked = False
+    for name, tensor in tensors.items():
+        suffix = next((s for s in _SCALES if name.endswith(s)), None)
+        if suffix:
+            scales[f"{name.removesuffix(suffix)}.weight"] = tensor
+        elif name.endswith(_HOST_NOTE):
+            _check_note(name, tensor)
+            marked = True
+        elif name == _MARK:
+            marked = True
+        elif not name.endswith(_UNUSED):
+            plain[name] = tensor
+    per_channel = False
+    for name, scale in scales.items():
+        per_channel |= _check_scale(name, plain.get(name), scale)
+    for name, tensor in plain.items():
+        if name not in scales and tensor.dtype in _EIGHT_BIT and (marked or scales):
+            raise UserError(f"'{name}' is quantised but its scale is missing; download it again")
+    if not scales:
+        return Unscaled(plain, {}, None)
+    integers = any(plain[name].dtype == torch.int8 for name in scales)
+    lightx2v = "lightx2v_int8" if integers else "lightx2v_fp8"
+    return Unscaled(plain, scales, lightx2v if per_channel or integers else "comfyui_fp8")
+
+
+def check_plain(tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> None:
+    """Raise when a tensor without a scale is not of a floating-point type that holds weights.
+
+    Float8 without scales is a plain cast and is taken.
+
+    Raises:
+        UserError: names the tensor and its type.
+    """
+    for name, tensor in tensors.items():
+        floats = (*_PLAIN, *_EIGHT_BIT[:2])
+        if name not in scales and tensor.dtype not in floats:
+            raise UserError(
+                f"'{name}' is {str(tensor.dtype).removeprefix('torch.')}, a quantisation that is "
+                "not supported; use the bf16, fp16, float32 or fp8 file"
+            )
+
+
+def is_eight_bit(tensor: Tensor) -> bool:
+    """Whether a tensor must become something wider before anything can be computed with it."""
+    return tensor.dtype in _EIGHT_BIT
+
+
+def _check_scale(name: str, weight: Tensor | None, scale: Tensor) -> bool:
+    """Whether a scale is one per output channel; raises when it does not fit its weight."""
+    if weight is None:
+        raise UserError(f"a scale without its weight: '{name}' is missing; download it again")
+    if weight.dtype not in _EIGHT_BIT or scale.dtype not in _PLAIN:
+        raise UserError(
+            f"'{name}' is quantised in a way that is not supported "
+            f"({str(weight.dtype).removeprefix('torch.')} with scales "
+            f"{str(scale.dtype).removeprefix('torch.')} {list(scale.shape)}, such as NVFP4); use "
+            "the bf16, fp16 or fp8 file"
+        )
+    channels = weight.shape[0] if weight.ndim else 1
+    if scale.numel() == 1:
+        return False
+    if scale.numel() != channels or scale.shape[0] != channels:
+        raise UserError(
+            f"the scale of '{name}' has shape {list(scale.shape)}, expected one number or "
+            f"[{channels}, 1], one per output channel"
+        )
+    return True
+
+
+def _check_note(name: str, note: Tensor) -> None:
+    """ComfyUI's description of a quantised layer: bytes of a JSON object with its 'format'."""
+    try:
+        text = bytes(note.flatten().tolist()[:1000])
+        kind = json.loads(text).get("format")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"'{name}' is not readable ({error}); the file is damaged") from error
+    if kind not in _KNOWN_NOTES:
+        raise UserError(
+            f"'{name}' says quantisation '{str(kind)[:40]}', which is not supported "
+            f"({', '.join(_KNOWN_NOTES)} are); use the bf16, fp16 or fp8 file"
+        )
