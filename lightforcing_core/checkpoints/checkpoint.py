@@ -148,8 +148,17 @@ class Checkpoint:
         merged = merge(name, tensor, loras) if loras else tensor
         tensor = merged.to(dtype or kept)
         if not is_finite(tensor):
-            raise UserError(f"{self.path}: {_not_finite(name, stored, tensor)}")
+            raise UserError(f"{self.path}: {self._not_finite(name, tensor.dtype)}")
         return tensor
+
+    def _not_finite(self, name: str, dtype: torch.dtype) -> str:
+        weights = self.recognised.weights
+        kind = str(dtype).removeprefix("torch.")
+        if kind != "float32" and is_finite(
+            weights.widened(name, weights.tensors[name], torch.float32)
+        ):
+            return f"'{name}' holds numbers too large for {kind}; use bfloat16 or float32"
+        return f"'{name}' holds NaN or infinite weights; the file is damaged: download it again"
 
 
 def open_checkpoint(
@@ -224,13 +233,6 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _not_finite(name: str, stored: Tensor, tensor: Tensor) -> str:
-    if stored.dtype != tensor.dtype and is_finite(stored.float()):
-        kind = str(tensor.dtype).removeprefix("torch.")
-        return f"'{name}' holds numbers too large for {kind}; use bfloat16 or float32"
-    return f"'{name}' holds NaN or infinite weights; the file is damaged: download it again"
 
 
 def some(names: Sequence[str]) -> str:

@@ -71,7 +71,7 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Rec
     diffusers = is_diffusers(inner)
     if diffusers:
         inner = {from_diffusers(name): tensor for name, tensor in inner.items()}
-    weights = take_scales(inner)
+    weights = take_scales(inner, metadata)
     if diffusers:
         layout = "diffusers"
     elif weights.layout is not None:

@@ -5,8 +5,9 @@ Layouts, told apart by the names and shapes of the scales:
 - LightX2V (`fp8-vllm`, `int8-vllm`): `X.weight` float8 or int8 [out, in] and `X.weight_scale`
   float32 [out, 1], one per output channel. Reference: LightX2V `tools/convert`.
 - ComfyUI scaled fp8: `X.weight` float8 and `X.scale_weight`, one number, with a tensor `scaled_fp8`
-  as a mark; newer files say `X.weight_scale` and hold a JSON text in `X.comfy_quant`. Scales of
-  inputs are for fp8 products and of no use here. Reference: ComfyUI `comfy/ops.py`.
+  as a mark; newer files say `X.weight_scale` and hold a JSON text in `X.comfy_quant` or in their
+  metadata. Scales of inputs are for fp8 products and of no use here. Reference: ComfyUI
+  `comfy/ops.py`.
 
 In all of them weight = number * scale, computed here in float32.
 """
@@ -28,6 +29,7 @@ _SCALES = (".weight_scale", ".scale_weight")
 _UNUSED = (".scale_input", ".input_scale")
 _MARK = "scaled_fp8"
 _HOST_NOTE = ".comfy_quant"
+_HOST_METADATA = "_quantization_metadata"
 _KNOWN_NOTES = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -54,32 +56,39 @@ class Unscaled:
         return (tensor.float() * column).to(dtype)
 
 
-def take_scales(tensors: Mapping[str, Tensor]) -> Unscaled:
+def take_scales(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Unscaled:
     """Separate weights from scales and check that they belong together.
+
+    Args:
+        tensors: a state dict.
+        metadata: of its file, where ComfyUI may name the quantisation instead.
 
     Raises:
         UserError: a scale without its weight or of a shape that does not fit it, or a
             quantisation that is none of the known ones.
     """
+    _check_host_metadata(metadata or {})
     plain: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
-    marked = False
     for name, tensor in tensors.items():
         suffix = next((s for s in _SCALES if name.endswith(s)), None)
         if suffix:
             scales[f"{name.removesuffix(suffix)}.weight"] = tensor
         elif name.endswith(_HOST_NOTE):
-            _check_note(name, tensor)
-            marked = True
-        elif name == _MARK:
-            marked = True
-        elif not name.endswith(_UNUSED):
+            _check_note(name, _json(name, bytes(tensor.flatten().tolist()[:1000])))
+        elif name != _MARK and not name.endswith(_UNUSED):
             plain[name] = tensor
     per_channel = False
     for name, scale in scales.items():
         per_channel |= _check_scale(name, plain.get(name), scale)
     for name, tensor in plain.items():
-        if name not in scales and tensor.dtype in _EIGHT_BIT and (marked or scales):
+        # Float8 alone is a plain cast (LightX2V leaves norms so), but not where others are scaled.
+        product = name.startswith("blocks.") and tensor.ndim == 2 and bool(scales)
+        if name not in scales and (
+            tensor.dtype == torch.int8 or (product and tensor.dtype in _EIGHT_BIT)
+        ):
             raise UserError(f"'{name}' is quantised but its scale is missing; download it again")
     if not scales:
         return Unscaled(plain, {}, None)
@@ -132,15 +141,36 @@ def _check_scale(name: str, weight: Tensor | None, scale: Tensor) -> bool:
     return True
 
 
-def _check_note(name: str, note: Tensor) -> None:
-    """ComfyUI's description of a quantised layer: bytes of a JSON object with its 'format'."""
+def _check_host_metadata(metadata: Mapping[str, str]) -> None:
+    """ComfyUI's other place for the same description: one text for all layers."""
+    text = metadata.get(_HOST_METADATA)
+    if text is None:
+        return
+    content = _json(f"metadata {_HOST_METADATA}", text.encode())
+    layers = content.get("layers", {})
+    if not isinstance(layers, dict):
+        raise UserError(f"metadata '{_HOST_METADATA}' is not readable; the file is damaged")
+    for name, note in layers.items():
+        _check_note(name, note)
+
+
+def _json(name: str, text: bytes) -> dict[str, object]:
     try:
-        text = bytes(note.flatten().tolist()[:1000])
-        kind = json.loads(text).get("format")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"'{name}' is not readable ({error}); the file is damaged") from error
-    if kind not in _KNOWN_NOTES:
+    if not isinstance(content, dict):
+        raise UserError(f"'{name}' is not a JSON object; the file is damaged")
+    return content
+
+
+def _check_note(name: str, note: object) -> None:
+    """What ComfyUI says of a quantised layer: its format, and whether weights were rotated."""
+    kind = note.get("format") if isinstance(note, dict) else None
+    rotated = isinstance(note, dict) and bool(note.get("convrot"))
+    if kind not in _KNOWN_NOTES or rotated:
         raise UserError(
-            f"'{name}' says quantisation '{str(kind)[:40]}', which is not supported "
-            f"({', '.join(_KNOWN_NOTES)} are); use the bf16, fp16 or fp8 file"
+            f"'{name[:100]}' says quantisation '{str(kind)[:40]}'{' with rotation' * rotated}, "
+            f"which is not supported ({', '.join(_KNOWN_NOTES)} are); use the bf16, fp16 or fp8 "
+            "file"
         )
