@@ -161,7 +161,7 @@ def _check_shapes(lora: Lora, shapes: Mapping[str, torch.Size]) -> None:
     name, part = next((item for item in wrong if _AS_WIDE.fullmatch(item[0])), wrong[0])
     message = f"{lora.name}: '{name}' is {list(part.shape)}, expected {list(shapes[name])}"
     came, expected = part.shape[:1], shapes[name][:1]
-    if _AS_WIDE.fullmatch(name) and came != tuple(expected):
+    if _AS_WIDE.fullmatch(name) and len(part.shape) > 1 and came != tuple(expected):
         kind = _PUBLISHED_WIDTHS.get(came[0], "another")
         raise UserError(
             f"{message}; made for another width: this LoRA is for {kind} model ({came[0]}), the "

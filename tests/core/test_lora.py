@@ -118,6 +118,13 @@ NAMINGS: dict[str, Callable[[Factors], dict[str, Tensor]]] = {
     "diffusers old": lambda f: named(
         f, "transformer.", ".lora.down.weight", ".lora.up.weight", diffusers
     ),
+    "diffusers oldest": lambda f: named(
+        f,
+        "transformer.",
+        ".lora_linear_layer.down.weight",
+        ".lora_linear_layer.up.weight",
+        diffusers,
+    ),
     "diffusers bare": lambda f: named(f, "", A, B, diffusers),
     "kohya": lambda f: named(f, "lora_unet_", DOWN, UP, underscored),
     "kohya two underscores": lambda f: named(f, "lora_unet__", DOWN, UP, underscored),
@@ -467,10 +474,20 @@ def test_what_cannot_be_merged_is_refused(
     assert re.search(message, refused(tensors, tmp_path / "lora.safetensors"))
 
 
-def test_a_rank_of_nothing_is_refused(tmp_path: Path) -> None:
-    tensors = {f"{Q}.lora_A.weight": torch.ones(0, 24), f"{Q}.lora_B.weight": torch.ones(24, 0)}
-    torch.save(tensors, tmp_path / "lora.pt")
-    with pytest.raises(UserError, match="one rank"):
+@pytest.mark.parametrize(
+    ("down", "up", "message"),
+    [
+        (torch.ones(0, 24), torch.ones(24, 0), "one rank"),
+        (torch.ones(3, 24).to_sparse(), torch.ones(24, 3), "sparse"),
+        (torch.ones(3, 24), torch.ones(24, 3, dtype=torch.complex64), "complex"),
+    ],
+    ids=["rank 0", "sparse", "complex"],
+)
+def test_tensors_of_other_kinds_in_torch_files_are_refused(
+    down: Tensor, up: Tensor, message: str, tmp_path: Path
+) -> None:
+    torch.save({f"{Q}.lora_A": down, f"{Q}.lora_B": up}, tmp_path / "lora.pt")
+    with pytest.raises(UserError, match=message):
         load_lora(tmp_path / "lora.pt")
 
 
@@ -515,6 +532,8 @@ def test_a_lora_for_a_wider_model_says_so() -> None:
         ("blocks.0.ffn.0.weight", Pair(torch.ones(20, 3), torch.ones(3, 25), 1.0)),
         ("blocks.0.norm3.weight", Pair(torch.ones(24, 3), torch.ones(3, 1), 1.0)),
         ("blocks.0.norm3.bias", Difference(torch.ones(1, 24))),
+        ("head.head.weight", Difference(torch.tensor(1.0))),
+        ("blocks.0.ffn.2.weight", Difference(torch.tensor(1.0))),
         ("patch_embedding.weight", Pair(torch.ones(24, 3), torch.ones(3, 16, 2, 2, 1), 1.0)),
         ("patch_embedding.weight", Pair(torch.ones(24, 3), torch.ones(3, 36, 1, 2, 2), 1.0)),
     ],
