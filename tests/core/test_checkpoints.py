@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -236,37 +235,3 @@ def test_damaged_torch_files_end_in_one_line(
         path.write_bytes(damaged[: chance.choice([len(damaged), chance.randrange(len(damaged))])])
         with contextlib.suppress(UserError):  # some changes do no harm
             load_model(path)
-
-
-class RunsCode:
-    def __reduce__(self) -> tuple:
-        return (Path("should_not_exist").touch, ())
-
-
-def test_hostile_and_broken_files_are_refused(
-    weights: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    good = tmp_path / "good.safetensors"
-    save_file(weights, good)
-    whole = good.read_bytes()
-    torch.save(weights, tmp_path / "good.pt")
-    whole_torch = (tmp_path / "good.pt").read_bytes()
-    files = {
-        "empty.safetensors": b"",
-        "text.safetensors": b"this is not a checkpoint at all",
-        "cut.safetensors": whole[: len(whole) // 2],
-        "header.safetensors": (10**15).to_bytes(8, "little") + whole[8:],
-        "code.pt": pickle.dumps({"generator": RunsCode()}, protocol=2),
-        "cut.pt": whole_torch[: len(whole_torch) // 2],
-        "list.pt": pickle.dumps([1, 2, 3], protocol=2),
-    }
-    for name, content in files.items():
-        path = tmp_path / name
-        path.write_bytes(content)
-        rejected(path)
-    torch.save({"generator": RunsCode()}, tmp_path / "code_zip.pt")
-    assert "could run code" in rejected(tmp_path / "code_zip.pt")
-    rejected(tmp_path / "missing.pt")
-    rejected(tmp_path)
-    assert not Path("should_not_exist").exists()
