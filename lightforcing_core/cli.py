@@ -164,6 +164,15 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--first-steps", type=_numbers, metavar="T,T,...", help="timesteps of the first chunk"
     )
+    sampling.add_argument(
+        "--shift", type=float, help="shift of the suggested timesteps (Self Forcing: 5)"
+    )
+    sampling.add_argument(
+        "--clean-timestep",
+        type=float,
+        metavar="T",
+        help="noise level at which a finished chunk is written to the cache (all published: 0)",
+    )
     sampling.add_argument("--chunk", type=int, help="latent frames per chunk")
     sampling.add_argument(
         "--window", type=int, help="latent frames attention sees; -1 for the whole history"
@@ -231,6 +240,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         start_image=arguments.image,
         steps=arguments.steps,
         first_chunk_steps=arguments.first_steps,
+        shift=arguments.shift,
+        context_timestep=arguments.clean_timestep,
         frames_per_chunk=arguments.chunk,
         window_frames=arguments.window,
         sink_frames=arguments.sink,

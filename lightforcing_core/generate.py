@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoints.load import LoadedModel, load_model
+from .checkpoints.checkpoint import open_checkpoint
+from .checkpoints.load import LoadedModel, load_checkpoint
 from .checkpoints.lora import load_lora
 from .checkpoints.presets import Preset
 from .embedded import EMBEDDED_MODEL, EMBEDDED_VAE
@@ -45,6 +46,8 @@ class GenerateRequest:
         frames: pixel frames, 4 k + 1, the start image included.
         start_image: picture the video begins with (image to video).
         frames_per_chunk, window_frames, sink_frames: latent frames.
+        shift: instead of the suggested steps' own; explicit steps are taken as they are.
+        context_timestep: noise level of the clean pass, 0..1000.
         family: name of the weights' family (checkpoints.families), which suggests settings.
         loras: LoRA files and their strengths, merged into the weights.
         device, dtype: default to CUDA and bf16 where there is a GPU, else CPU and float32.
@@ -60,6 +63,8 @@ class GenerateRequest:
     seed: int = 0
     steps: Sequence[float] | None = None
     first_chunk_steps: Sequence[float] | None = None
+    shift: float | None = None
+    context_timestep: float | None = None
     frames_per_chunk: int | None = None
     window_frames: int | None = None
     sink_frames: int | None = None
@@ -107,6 +112,7 @@ class GenerateResult:
     chunks: tuple[ChunkReport, ...]
     device: str
     dtype: torch.dtype
+    settings: RolloutSettings
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -121,6 +127,7 @@ class GenerateResult:
             "frames_per_second": self.frames / self.seconds,
             "device": self.device,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "settings": asdict(self.settings),
             "chunks": [chunk.to_dict() for chunk in self.chunks],
         }
 
@@ -240,6 +247,7 @@ def _generate(
         chunks=tuple(reports),
         device=str(device),
         dtype=dtype,
+        settings=job.settings,
     )
 
 
@@ -283,22 +291,21 @@ def _prepare(
     dtype: torch.dtype,
     on_load: Callable[[int, int], None],
 ) -> _Job:
+    # What is wrong with any file should show before gigabytes are read.
+    checkpoint = open_checkpoint(request.model or EMBEDDED_MODEL, family=request.family)
+    checkpoint.check_whole()
     loras = [(load_lora(path), strength) for path, strength in request.loras]
-    embeds = _encode(request, device, dtype)
-    model = load_model(
-        request.model or EMBEDDED_MODEL,
-        device=device,
-        dtype=dtype,
-        family=request.family,
-        loras=loras,
-        on_progress=on_load,
-    )
-    with torch.no_grad():
-        text = prepare_text(model.tree, embeds)
-    settings, size = _settings(request, model.preset)
+    settings, size = _settings(request, checkpoint.preset)
+    log.info("settings: %s", settings)
     vae = load_vae(
         request.vae or EMBEDDED_VAE, device=device, dtype=dtype, latents=request.vae_latents
     )
+    embeds = _encode(request, device, dtype)
+    model = load_checkpoint(
+        checkpoint, device=device, dtype=dtype, loras=loras, on_progress=on_load
+    )
+    with torch.no_grad():
+        text = prepare_text(model.tree, embeds)
     start_frame = None
     if request.start_image is not None:
         start_frame = load_image(request.start_image, size.width, size.height)[:, None]
@@ -335,6 +342,7 @@ def _settings(request: GenerateRequest, preset: Preset) -> tuple[RolloutSettings
     preset_size = _DEFAULT_SIZE
     if preset.width is not None and preset.height is not None:
         preset_size = FrameSize(preset.width, preset.height)
+    preset = preset.with_shift(chosen(request.shift, preset.shift))
     frames = chosen(request.frames, preset.frames or _DEFAULT_FRAMES)
     window = chosen(request.window_frames, preset.window_frames)
     # A sink belongs to a window: a preset's goes when the user asks for the whole history.
@@ -346,7 +354,7 @@ def _settings(request: GenerateRequest, preset: Preset) -> tuple[RolloutSettings
         first_chunk_steps=_first_chunk_steps(request, preset),
         window_frames=window,
         sink_frames=chosen(request.sink_frames, preset_sink),
-        context_timestep=preset.context_timestep,
+        context_timestep=chosen(request.context_timestep, preset.context_timestep),
     )
     return settings, chosen(request.size, preset_size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from .errors import UserError
@@ -17,10 +18,19 @@ def warp_steps(steps: Sequence[float], shift: float) -> tuple[float, ...]:
     and training use shift 5; the 8 of its demo script is a class default, not what the
     published weights were trained with.
     """
-    if shift <= 0:
+    if not 0 < shift < math.inf:
         raise UserError(f"shift must be above 0 (Self Forcing uses 5), got {shift}")
     sigmas = [step / TRAIN_TIMESTEPS for step in steps]
     return tuple(TRAIN_TIMESTEPS * shift * s / (1 + (shift - 1) * s) for s in sigmas)
+
+
+def shift_again(steps: Sequence[float], old: float, new: float) -> tuple[float, ...]:
+    """A list that was warped with one shift, warped with another instead."""
+    if new == old:
+        return tuple(steps)
+    sigmas = [step / TRAIN_TIMESTEPS for step in steps]
+    plain = [TRAIN_TIMESTEPS * s / (old - (old - 1) * s) for s in sigmas]
+    return warp_steps(plain, new)
 
 
 SELF_FORCING_STEPS = warp_steps((1000, 750, 500, 250), shift=5.0)  # 1000, 937.5, 833.33, 625

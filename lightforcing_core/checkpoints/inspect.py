@@ -186,7 +186,8 @@ def summary(inspection: Inspection) -> list[tuple[str, str]]:
         (
             "settings",
             f"{preset.frames_per_chunk} frames a chunk, steps {steps} (shift {preset.shift:g}), "
-            f"window {window}, {preset.sink_frames} sink frames",
+            f"window {window}, {preset.sink_frames} sink frames, clean pass at "
+            f"{preset.context_timestep:g}",
         ),
     ]
     if preset.first_chunk_steps is not None:

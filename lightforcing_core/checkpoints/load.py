@@ -60,6 +60,20 @@ def load_model(
             weights are not finite, or a LoRA does not fit.
     """
     checkpoint = open_checkpoint(path, num_heads=num_heads, family=family)
+    return load_checkpoint(
+        checkpoint, device=device, dtype=dtype, loras=loras, on_progress=on_progress
+    )
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    loras: Sequence[tuple[Lora, float]] = (),
+    on_progress: Progress = lambda done, total: None,
+) -> LoadedModel:
+    """`load_model` for a checkpoint that is open already."""
     checkpoint.check_whole()
     _report(checkpoint)
     state = checkpoint.read(device=device, dtype=dtype, loras=loras, on_progress=on_progress)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import UserError
-from ..timesteps import SELF_FORCING_STEPS, check_steps
+from ..timesteps import SELF_FORCING_STEPS, check_steps, shift_again
 from .metadata import whole_number
 
 _LEAST = {
@@ -73,15 +73,24 @@ class Preset:
                 known[name] = float(value)  # type: ignore[arg-type]
         return replace(self, **known)
 
+    def with_shift(self, shift: float) -> Preset:
+        """The same lists of steps under another shift.
+
+        Raises:
+            UserError: the shift is not above 0.
+        """
+        first = self.first_chunk_steps
+        return replace(
+            self,
+            steps=shift_again(self.steps, self.shift, shift),
+            first_chunk_steps=None if first is None else shift_again(first, self.shift, shift),
+            shift=shift,
+        )
+
     def to_facts(self) -> dict[str, object]:
         """For a file's metadata and for JSON; what nothing says is left out."""
         facts = {k: v for k, v in asdict(self).items() if v is not None}
         return {k: [round(x, 4) for x in v] if k in _LISTS else v for k, v in facts.items()}
-
-    def differs_from(self, other: Preset) -> tuple[str, ...]:
-        """Names of the sampling settings in which two presets differ."""
-        names = [f.name for f in fields(self) if f.name not in ("width", "height", "frames")]
-        return tuple(name for name in names if getattr(self, name) != getattr(other, name))
 
 
 def _is_number(value: object) -> bool:

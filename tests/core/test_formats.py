@@ -510,7 +510,7 @@ def test_a_file_that_says_nothing_gets_the_candidates_named(
     chosen = load_model(path, family="causal_forcing_framewise")
     assert chosen.preset.frames_per_chunk == 1
     assert not any("--family" in note for note in chosen.notes)
-    with pytest.raises(UserError, match="unknown family 'nonsense'.*self_forcing"):
+    with pytest.raises(UserError, match=r"unknown family 'nonsense'.*self_forcing"):
         load_model(path, family="nonsense")
 
 

@@ -1,0 +1,306 @@
+"""`inspect` and `convert`: the truth about a file, and a clean one; bad input is one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightforcing.lightforcing_core.checkpoints.inspect import inspect_checkpoint
+from lightforcing.lightforcing_core.checkpoints.load import load_model
+from lightforcing.lightforcing_core.cli import main
+from lightforcing.lightforcing_core.kv_cache import KVCache
+from lightforcing.lightforcing_core.layout import FrameSize
+from lightforcing.lightforcing_core.memory import GIB
+from lightforcing.lightforcing_core.rollout import RolloutSettings, cache_spec
+from lightforcing.lightforcing_core.wan.config import WanConfig
+from lightforcing.lightforcing_core.wan.modules import WanModel
+
+CONFIG = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=16, freq_dim=16)
+ROOT = Path(__file__).resolve().parents[2]
+EMBEDDED = ROOT / "models" / "lightforcing_mini_256x128.safetensors"
+
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    torch.manual_seed(0)
+    return {k: v.detach() for k, v in WanModel(CONFIG).named_parameters()}
+
+
+def run(*arguments: object) -> int:
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stopped:  # argparse's own checks
+        return int(stopped.code or 0)
+
+
+def report(path: Path, tmp_path: Path, *options: object) -> dict:
+    out = tmp_path / "report.json"
+    assert run("inspect", path, "--json", out, *options) == 0
+    return json.loads(out.read_text())
+
+
+def test_inspect_tells_what_the_embedded_model_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = report(EMBEDDED, tmp_path)
+    assert said["format"] == "lightforcing"
+    config = said["config"]
+    assert (config["dim"], config["ffn_dim"], config["num_heads"]) == (256, 640, 2)
+    assert (config["num_layers"], config["in_dim"], config["text_dim"]) == (7, 16, 4096)
+    assert config["frames_per_chunk"] == 3
+    assert said["missing"] == said["unexpected"] == []
+    assert said["dtypes"] == {"bfloat16": 7_683_392}
+    assert said["parameters"] == 7_683_392
+    assert said["settings"]["steps"] == [1000, 937.5, 833.3333, 625]
+    assert (said["memory"]["width"], said["memory"]["height"]) == (256, 128)
+    assert said["memory"]["fits"]
+    text = capsys.readouterr().out
+    assert "width 256, 7 layers" in text
+    assert "fits in" in text
+
+
+def test_inspect_reads_no_weights(weights: Weights, tmp_path: Path) -> None:
+    """The numbers of the file could be anything: only --header-only's absence looks at them."""
+    path = tmp_path / "model.safetensors"
+    damaged = {k: torch.full_like(v, float("nan")) for k, v in weights.items()}
+    save_file(damaged, path)
+    assert run("inspect", path, "--header-only") == 0
+    assert run("inspect", path) == 2
+
+
+def test_inspect_plans_the_memory_that_a_run_takes(weights: Weights, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+    said = inspect_checkpoint(path, size=FrameSize(64, 32), frames=13, device="cpu")
+    tree = load_model(path).tree
+    settings = RolloutSettings(num_frames=4)
+    spec = cache_spec(tree, settings, batch=1, latent_height=4, latent_width=8, dtype=torch.float32)
+    cache = KVCache(spec, "cpu")
+    assert said.memory.cache_bytes == spec.total_bytes
+    assert said.memory.cache_bytes == sum(
+        tensor.nbytes for layers in (cache.keys, cache.values) for tensor in layers
+    )
+    assert said.memory.weight_bytes == sum(p.nbytes for p in tree.parameters())
+
+
+def test_inspect_says_when_a_video_does_not_fit(
+    weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+    said = report(path, tmp_path, "--size=8192x8192", "--frames=4001", "--device=cpu")
+    assert not said["memory"]["fits"]
+    assert said["memory"]["cache_gib"] * GIB > 1e11
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_inspect_names_what_is_missing_in_json_and_refuses(
+    weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "model.safetensors", tmp_path / "report.json"
+    broken = {k: v for k, v in weights.items() if k != "blocks.1.ffn.0.bias"}
+    save_file(broken | {"blocks.1.extra": torch.zeros(1)}, path)
+    assert run("inspect", path, "--json", out) == 2
+    said = json.loads(out.read_text())
+    assert said["missing"] == ["blocks.1.ffn.0.bias"]
+    assert said["unexpected"] == ["blocks.1.extra"]
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.count("\n") == 1
+    assert "blocks.1.ffn.0.bias" in output.err
+
+
+def test_convert_keeps_every_bit_and_the_type(weights: Weights, tmp_path: Path) -> None:
+    path, out = tmp_path / "self_forcing_dmd.pt", tmp_path / "out.safetensors"
+    half = {f"model.{k}": v.half() for k, v in weights.items()}
+    torch.save({"generator_ema": half}, path)
+    said = tmp_path / "said.json"
+    assert run("convert", path, out, "--json", said) == 0
+    result = json.loads(said.read_text())
+    assert (result["format"], result["tensors"]) == ("self_forcing", len(weights))
+    with safe_open(out, framework="pt") as file:
+        assert json.loads(file.metadata()["config"]) == {"transformer": {"causal_ar": True}}
+        facts = json.loads(file.metadata()["lightforcing"])
+        for name, tensor in weights.items():
+            assert torch.equal(file.get_tensor(name), tensor.half()), name
+    assert (facts["num_heads"], facts["frames_per_chunk"], facts["shift"]) == (1, 3, 5.0)
+    assert (facts["window_frames"], facts["sink_frames"]) == (-1, 0)
+    assert facts["steps"] == [1000.0, 937.5, 833.3333, 625.0]
+    assert facts["family"] == "self_forcing"
+
+
+def test_converting_twice_changes_nothing(weights: Weights, tmp_path: Path) -> None:
+    path, once, twice = (tmp_path / f"{n}.safetensors" for n in ("longlive", "once", "twice"))
+    save_file(weights, path)
+    assert run("convert", path, once) == 0
+    assert run("convert", once, twice) == 0
+    with safe_open(once, framework="pt") as first, safe_open(twice, framework="pt") as second:
+        assert first.metadata() == second.metadata()
+        assert first.keys() == second.keys()
+        for name in weights:
+            assert torch.equal(first.get_tensor(name), second.get_tensor(name))
+
+
+def test_convert_rounds_once_to_another_type(weights: Weights, tmp_path: Path) -> None:
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file(weights, path)
+    assert run("convert", path, out, "--dtype=bfloat16") == 0
+    with safe_open(out, framework="pt") as file:
+        assert torch.equal(
+            file.get_tensor("blocks.0.ffn.0.weight"), weights["blocks.0.ffn.0.weight"].bfloat16()
+        )
+
+
+def test_convert_merges_loras(weights: Weights, tmp_path: Path) -> None:
+    path, lora, out = (tmp_path / f"{n}.safetensors" for n in ("model", "lora", "out"))
+    save_file(weights, path)
+    name = "blocks.0.self_attn.q"
+    down, up = torch.randn(2, 128), torch.randn(128, 2)
+    save_file(
+        {
+            f"diffusion_model.{name}.lora_A.weight": down,
+            f"diffusion_model.{name}.lora_B.weight": up,
+        },
+        lora,
+    )
+    assert run("convert", path, out, f"--lora={lora}:0.25", f"--lora={lora}:0.5") == 0
+    with safe_open(out, framework="pt") as file:
+        made = file.get_tensor(f"{name}.weight")
+    wanted = weights[f"{name}.weight"].double() + 0.75 * up.double() @ down.double()
+    assert torch.allclose(made.double(), wanted, atol=1e-5)
+    assert not torch.allclose(made, weights[f"{name}.weight"], atol=1e-2)
+
+
+def other_kinds(weights: Weights) -> dict[str, Callable[[Path], None]]:
+    def tensors(content: Weights) -> Callable[[Path], None]:
+        return lambda path: save_file({k: v.clone() for k, v in content.items()}, path)
+
+    image = weights | {"patch_embedding.weight": torch.zeros(128, 36, 1, 2, 2)}
+    wide = weights | {"blocks.0.ffn.0.weight": torch.zeros(64, 256)}
+    no_block = {k: v for k, v in weights.items() if not k.startswith("blocks.0.")}
+    not_finite = weights | {"head.head.bias": torch.full((64,), float("inf"))}
+    return {
+        "NaN": tensors(weights | {"head.head.bias": torch.full((64,), float("nan"))}),
+        "infinite": tensors(not_finite),
+        "image-to-video": tensors(image),
+        "another shape": tensors(wide),
+        "blocks are missing": tensors(no_block),
+        "a Wan VAE": tensors({"decoder.middle.0.residual.0.gamma": torch.zeros(3)}),
+        "a TAEHV": tensors({"decoder.22.bias": torch.zeros(3)}),
+        "a LoRA": tensors({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}),
+        "a T5 text encoder": tensors(
+            {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2, 2)}
+        ),
+        "without its 'patch_embedding": tensors(
+            {k: v for k, v in weights.items() if not k.startswith("patch_embedding")}
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "NaN",
+        "infinite",
+        "image-to-video",
+        "another shape",
+        "blocks are missing",
+        "a Wan VAE",
+        "a TAEHV",
+        "a LoRA",
+        "a T5 text encoder",
+        "without its 'patch_embedding",
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "convert", "generate"])
+def test_a_file_of_another_kind_ends_in_one_line_and_leaves_nothing(
+    what: str,
+    command: str,
+    weights: Weights,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "model.safetensors"
+    other_kinds(weights)[what](path)
+    models = ROOT / "models"
+    status = {
+        "inspect": lambda: run("inspect", path),
+        "convert": lambda: run("convert", path, tmp_path / "out.safetensors"),
+        "generate": lambda: run(
+            "generate",
+            "--prompt=a red circle",
+            f"--model={path}",
+            f"--vae={models / 'lightforcing_mini_vae.safetensors'}",
+            f"--text-encoder={models / 'lightforcing_mini_text.safetensors'}",
+            f"--out={tmp_path / 'out.mp4'}",
+            "--frames=5",
+            "--size=32x32",
+        ),
+    }[command]()
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.count("\n") == 1
+    assert str(path) in error
+    assert what in error
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_convert_does_not_overwrite_what_it_reads(
+    weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+    before = path.read_bytes()
+    assert run("convert", path, path) == 2
+    assert "overwrite" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--family=nonsense", "unknown family"),
+        ("--lora=nowhere.safetensors", "nowhere.safetensors"),
+        ("--lora=lora.st:abc", "STRENGTH"),
+        ("--dtype=int4", "--dtype"),
+    ],
+)
+def test_wrong_options_end_in_one_line(
+    option: str,
+    message: str,
+    weights: Weights,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+    assert run("convert", path, tmp_path / "out.safetensors", option) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_every_suggested_setting_is_shown_and_can_be_overridden(tmp_path: Path) -> None:
+    said = report(EMBEDDED, tmp_path)["settings"]
+    assert said["shift"] == 5.0
+    assert said["context_timestep"] == 0.0
+    out, result = tmp_path / "out.mp4", tmp_path / "result.json"
+    arguments = ["--prompt=a red circle", f"--out={out}", f"--json={result}", "--frames=9"]
+    options = ["--shift=1", "--clean-timestep=20", "--chunk=2", "--window=4", "--sink=1"]
+    assert run("generate", *arguments, *options) == 0
+    used = json.loads(result.read_text())["settings"]
+    assert used["steps"] == pytest.approx([1000, 750, 500, 250])
+    assert used["context_timestep"] == 20
+    assert (used["frames_per_chunk"], used["window_frames"], used["sink_frames"]) == (2, 4, 1)
+    assert run("generate", *arguments, "--shift=0") == 2
+    assert run("generate", *arguments, "--clean-timestep=1000") == 2
