@@ -191,8 +191,6 @@ def _read_directory(data: mmap.mmap) -> dict[str, _Entry]:
         entries[name] = _Entry(flags, method, packed, full, start)
     if len({name.lower() for name in entries}) != count or at != size:
         raise DamagedFile("its table of contents is wrong")
-    if any(entry.offset >= offset for entry in entries.values()):
-        raise DamagedFile("an entry lies outside the file")
     return entries
 
 
