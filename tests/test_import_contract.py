@@ -11,13 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("lightforcing_core", "training")
+ROOMS = ("kernels", "lightforcing_core", "training")
 FOREIGN = {
+    "kernels": {"comfy", "comfy_api", "folder_paths", "server", "nodes"},
     "lightforcing_core": {"comfy", "comfy_api", "folder_paths", "server", "nodes", "triton"},
     "training": {"comfy", "comfy_api", "folder_paths", "server", "nodes", "triton"},
 }
 # One way: nodes -> lightforcing_core -> kernels; training stands beside nodes.
-FORBIDDEN_ROOMS = {"lightforcing_core": {"nodes", "training"}, "training": {"nodes"}}
+FORBIDDEN_ROOMS = {
+    "kernels": {"lightforcing_core", "nodes", "training"},
+    "lightforcing_core": {"nodes", "training"},
+    "training": {"nodes"},
+}
 
 
 def _files() -> list[Path]:
@@ -60,6 +65,14 @@ def test_imports_go_one_way(path: Path) -> None:
         assert reached not in FORBIDDEN_ROOMS.get(room, set()), f"{path} must not import {reached}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.name)
+def test_kernels_need_torch_and_triton_alone(path: Path) -> None:
+    for level, module, _ in _imports(path):
+        top = module.split(".")[0]
+        allowed = level or top in {"torch", "triton"} | sys.stdlib_module_names
+        assert allowed, f"{path} must not import {module}"
+
+
 def test_the_contract_sees_a_wrong_import(tmp_path: Path) -> None:
     file = tmp_path / "wrong.py"
     file.write_text("def f():\n    from comfy.sd import *\n")
@@ -67,12 +80,13 @@ def test_the_contract_sees_a_wrong_import(tmp_path: Path) -> None:
 
 
 def test_importing_the_core_does_no_work() -> None:
-    """No CUDA context, no compile, no output, no optional package."""
+    """No CUDA context, no compile, no output, no optional package; nor does importing kernels."""
     modules = [
         "lightforcing." + ".".join(f.relative_to(ROOT).with_suffix("").parts)
         for f in sorted((ROOT / "lightforcing_core").rglob("*.py"))
         if f.name != "__init__.py"
     ]
+    modules.append("lightforcing.kernels")
     program = (
         f"import importlib, sys\n"
         f"for m in {modules!r}: importlib.import_module(m)\n"

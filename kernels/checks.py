@@ -1,0 +1,108 @@
+"""What both implementations demand of their arguments, in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .grid import BlockGrid
+
+ROLE_ABSENT = 0
+"""The segment holds nothing; none of its blocks is ever selected."""
+ROLE_ELIGIBLE = 1
+"""Its blocks compete for the budget."""
+ROLE_CANDIDATE = 2
+"""Its blocks compete if the segment is among the best `keep_candidates` of its kind."""
+ROLE_FORCED = 3
+"""Its blocks are selected before all others."""
+
+
+def segments_of(x: Tensor, grid: BlockGrid, *, padded: bool, name: str) -> int:
+    """Number of segments in x [B, S, H, D].
+
+    Raises:
+        ValueError: x has another rank, or S is not a whole number of segments (or slots).
+    """
+    unit = grid.slot_tokens if padded else grid.segment_tokens
+    if x.ndim != 4 or x.shape[1] % unit:
+        kind = "slots" if padded else "segments"
+        raise ValueError(
+            f"{name} must be [B, S, H, D] with S a whole number of {kind} of {unit} rows, "
+            f"got shape {tuple(x.shape)}"
+        )
+    return x.shape[1] // unit
+
+
+def check_selection(
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    blocks_per_segment: int,
+    roles: Tensor | Sequence[int],
+    top_k: int,
+    own_blocks: Tensor | None,
+) -> None:
+    """Shapes of `select_blocks`' arguments; reads no device memory.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was given.
+    """
+    shapes = f"got {tuple(pooled_q.shape)} and {tuple(pooled_k.shape)}"
+    if pooled_q.ndim != 4 or pooled_k.ndim != 4:
+        raise ValueError(f"pooled_q and pooled_k must be [B, H, blocks, D], {shapes}")
+    if pooled_q.shape[:2] != pooled_k.shape[:2] or pooled_q.shape[3] != pooled_k.shape[3]:
+        raise ValueError(f"pooled_q and pooled_k must agree in B, H and D, {shapes}")
+    blocks = pooled_k.shape[2]
+    if blocks_per_segment < 1 or blocks % blocks_per_segment:
+        raise ValueError(
+            f"pooled_k has {blocks} blocks, not a whole number of segments of {blocks_per_segment}"
+        )
+    if len(roles) != blocks // blocks_per_segment:
+        raise ValueError(
+            f"roles must name one role for each of the {blocks // blocks_per_segment} segments, "
+            f"got {len(roles)}"
+        )
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1 block, got {top_k}")
+    if own_blocks is not None and own_blocks.shape != pooled_q.shape[2:3]:
+        raise ValueError(f"own_blocks must be [{pooled_q.shape[2]}], got {tuple(own_blocks.shape)}")
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    kv_counts: Tensor | None,
+    q_grid: BlockGrid,
+    kv_grid: BlockGrid,
+    out: Tensor | None,
+) -> None:
+    """Shapes of `block_sparse_attention`'s arguments; reads no device memory.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was given.
+    """
+    q_blocks = segments_of(q, q_grid, padded=False, name="q") * q_grid.blocks_per_segment
+    segments_of(k, kv_grid, padded=True, name="k")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    batch, _, heads, head_dim = q.shape
+    if (batch, heads, head_dim) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            f"q and k must agree in B, H and D, got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    rows = (batch, heads, q_blocks)
+    if kv_indices.ndim != 4 or tuple(kv_indices.shape[:3]) != rows:
+        raise ValueError(
+            f"kv_indices must be [B, H, query blocks, width] = {(*rows, 'width')}, "
+            f"got {tuple(kv_indices.shape)}"
+        )
+    if kv_counts is not None and tuple(kv_counts.shape) != rows:
+        raise ValueError(
+            f"kv_counts must be [B, H, query blocks] = {rows}, got {tuple(kv_counts.shape)}"
+        )
+    if out is not None and (out.shape != q.shape or out.dtype != q.dtype):
+        raise ValueError(
+            f"out must be like q, {tuple(q.shape)} {q.dtype}, got {tuple(out.shape)} {out.dtype}"
+        )

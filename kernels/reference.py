@@ -1,0 +1,260 @@
+"""What the kernels must compute, in plain torch: any device, any float type, any block size.
+
+Slow on purpose where that keeps it plain. All arithmetic is in float32 or wider and rounded once,
+at the end, so a low-precision kernel is judged against the value and not against another rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .checks import (
+    ROLE_ABSENT,
+    ROLE_CANDIDATE,
+    ROLE_FORCED,
+    check_attention,
+    check_selection,
+    segments_of,
+)
+from .grid import BlockGrid
+
+_GATHER_BYTES = 64 << 20
+"""Keys gathered at once: enough to fill a matmul, little enough to stay near the caches."""
+
+
+def pool_blocks(x: Tensor, grid: BlockGrid, *, padded: bool) -> Tensor:
+    """Mean of each block of tokens.
+
+    Args:
+        x: [B, S, H, D], any strides, any float type.
+        grid: how a segment is cut into blocks; a short last block is averaged over its own tokens.
+        padded: False: S is segments of `segment_tokens` rows, densely. True: S is slots of
+            `slot_tokens` rows; their padding rows may hold anything (NaN too) and do not count.
+
+    Returns:
+        float32 [B, H, segments * blocks_per_segment, D].
+
+    Raises:
+        ValueError: S is not a whole number of segments or slots.
+    """
+    segments = segments_of(x, grid, padded=padded, name="x")
+    x = x.unflatten(1, (segments, -1))[:, :, : grid.segment_tokens].to(_wide(x))
+    # Zeros fill the last block; its sum is then divided by the tokens it has.
+    x = F.pad(x, (0, 0, 0, 0, 0, grid.slot_tokens - grid.segment_tokens))
+    sums = x.unflatten(2, (grid.blocks_per_segment, grid.block_tokens)).sum(3)
+    counts = torch.full((grid.blocks_per_segment, 1, 1), float(grid.block_tokens))
+    counts[-1] = grid.tail_tokens
+    means = sums / counts.to(x)  # [B, segments, blocks, H, D]
+    return means.flatten(1, 2).transpose(1, 2).float()
+
+
+def select_blocks(
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    *,
+    blocks_per_segment: int,
+    roles: Tensor | Sequence[int],
+    keep_candidates: int,
+    top_k: int,
+    own_blocks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose the key blocks of every query block, in two stages.
+
+    The score of a key block is the dot product of the pooled vectors, without scale or softmax.
+    Stage one: a candidate segment's score is the mean of its block scores (which is the dot
+    product with the segment's mean vector); per query block the `keep_candidates` best candidate
+    segments become eligible. Stage two: the `top_k` best blocks of all eligible segments.
+
+    Ties go to the lower id, of segments and of blocks. Blocks of forced segments, and
+    `own_blocks`, come before all others; if they alone exceed `top_k`, the lowest ids of them are
+    taken. A NaN score counts as -inf, and so does the NaN mean of +inf and -inf: such blocks are
+    eligible and come last. Blocks of absent segments, and of candidate segments that were not
+    kept, are never selected (except an own block of the latter): the list gets shorter instead.
+
+    Args:
+        pooled_q: [B, H, NQ, D], float32.
+        pooled_k: [B, H, NK, D], float32, any strides; NK = segments * blocks_per_segment.
+        blocks_per_segment: key blocks of one segment.
+        roles: role of each segment, int32 [segments] on the tensors' device, or a sequence:
+            0 absent, 1 eligible, 2 candidate, 3 forced.
+        keep_candidates: candidate segments to keep; as many as there are (or more) makes the
+            rule one-stage, 0 or less keeps none.
+        top_k: width of the list.
+        own_blocks: int32 [NQ], a key block for each query block that is always selected; an id
+            outside 0..NK-1 or in an absent segment means none.
+
+    Returns:
+        kv_indices int32 [B, H, NQ, top_k], ascending, -1 after the last one selected, and
+        kv_counts int32 [B, H, NQ].
+
+    Raises:
+        ValueError: shapes that do not fit each other, or top_k below 1.
+
+    Reference: Light Forcing (arXiv 2602.04789), section "Hierarchical Sparse Attention", and its
+    released code; there masked blocks fill the list when fewer than top_k are eligible, and
+    nothing is forced.
+    """
+    check_selection(pooled_q, pooled_k, blocks_per_segment, roles, top_k, own_blocks)
+    device, num_blocks = pooled_q.device, pooled_k.shape[2]
+    roles = torch.as_tensor(roles, device=device)
+    # In float64 and rounded, so that neither the summation order nor a host's TF32 switch decides.
+    scores = (pooled_q.double() @ pooled_k.double().transpose(2, 3)).float()
+    scores = _nan_last(scores)  # [B, H, NQ, NK]
+
+    segment_scores = _nan_last(scores.unflatten(3, (-1, blocks_per_segment)).mean(4))
+    is_candidate = (roles == ROLE_CANDIDATE).expand(segment_scores.shape)
+    ranks = _rank(segment_scores, is_candidate.int())
+    kept = torch.where(is_candidate, ranks < keep_candidates, roles != ROLE_ABSENT)
+
+    tiers = kept.int() + (kept & (roles == ROLE_FORCED)).int()  # 0 never, 1 by score, 2 first
+    tiers = tiers.repeat_interleave(blocks_per_segment, 3)
+    if own_blocks is not None:
+        is_own = torch.arange(num_blocks, device=device) == own_blocks[:, None]  # [NQ, NK]
+        is_own &= (roles != ROLE_ABSENT).repeat_interleave(blocks_per_segment)
+        tiers = tiers.masked_fill(is_own, 2)
+
+    selected = (_rank(scores, tiers) < top_k) & (tiers > 0)
+    counts = selected.sum(3, dtype=torch.int32)
+    ids = torch.arange(num_blocks, device=device, dtype=torch.int32)
+    ids = torch.where(selected, ids, num_blocks).sort(3).values[..., :top_k]
+    ids = F.pad(ids, (0, top_k - ids.shape[3]), value=num_blocks)
+    return ids.masked_fill(ids == num_blocks, -1).contiguous(), counts
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    kv_counts: Tensor | None,
+    *,
+    q_grid: BlockGrid,
+    kv_grid: BlockGrid,
+    scale: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v of each query block over the key blocks in its list.
+
+    Args:
+        q: [B, Sq, H, D], Sq = query segments * q_grid.segment_tokens, densely. Query blocks start
+            anew with each segment.
+        k, v: [B, slots * kv_grid.slot_tokens, H, D], any strides. Block b is the rows from
+            b * block_tokens on; in the last block of a slot only the first `tail_tokens` count,
+            the rows after them may hold anything (NaN too).
+        kv_indices: int32 [B, H, query blocks, width], the key blocks of each query block in any
+            order. Each id at most once: a duplicate would count twice and is the caller's error
+            (see `check_block_lists`).
+        kv_counts: int32 [B, H, query blocks], how many ids of the row are meant; None: all.
+        scale: of the scores; default 1 / sqrt(D).
+        out: where to write, like q with any strides; default new.
+
+    Returns:
+        [B, Sq, H, D] in q's type; zeros where the count is 0.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    check_attention(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, out)
+    batch, _, heads, head_dim = q.shape
+    width, block = kv_indices.shape[3], kv_grid.block_tokens
+    out = torch.empty_like(q) if out is None else out
+    if not q.numel():
+        return out
+    wide = _wide(q)
+    scale = head_dim**-0.5 if scale is None else scale
+
+    rows = q.unflatten(1, (-1, q_grid.segment_tokens)).to(wide)
+    rows = F.pad(rows, (0, 0, 0, 0, 0, q_grid.slot_tokens - q_grid.segment_tokens))
+    rows = rows.flatten(1, 2).unflatten(1, (-1, q_grid.block_tokens))
+    rows = rows.permute(0, 3, 1, 2, 4) * scale  # [B, H, NQ, block, D]
+    keys, values = (x.unflatten(1, (-1, block)).permute(0, 3, 1, 2, 4) for x in (k, v))
+
+    valid_tokens = torch.full((keys.shape[2],), block, device=q.device)
+    valid_tokens[kv_grid.blocks_per_segment - 1 :: kv_grid.blocks_per_segment] = kv_grid.tail_tokens
+    if kv_counts is None:
+        kv_counts = torch.full_like(kv_indices[..., 0], width)
+    listed = torch.arange(width, device=q.device) < kv_counts[..., None]
+    ids = torch.where(listed, kv_indices, 0).long()  # [B, H, NQ, width]
+    tokens = torch.where(listed, valid_tokens[ids] if width else 0, 0)
+    is_valid = torch.arange(block, device=q.device) < tokens[..., None]
+
+    batch_ids = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
+    head_ids = torch.arange(heads, device=q.device).view(-1, 1, 1)
+    results = torch.zeros_like(rows)
+    bytes_per_block = 2 * batch * heads * max(width, 1) * block * head_dim * wide.itemsize
+    step = max(1, _GATHER_BYTES // bytes_per_block)
+    for first in range(0, rows.shape[2] if width else 0, step):
+        some = slice(first, first + step)
+        where = batch_ids, head_ids, ids[:, :, some]
+        mask = is_valid[:, :, some].flatten(3)  # [B, H, some, width * block]
+        some_keys = keys[where].to(wide).flatten(3, 4)
+        # Zero, not only masked: a padding row's NaN times a weight of 0 is NaN.
+        some_values = values[where].to(wide).flatten(3, 4).masked_fill(~mask[..., None], 0)
+        scores = rows[:, :, some] @ some_keys.transpose(3, 4)
+        weights = scores.masked_fill(~mask[..., None, :], float("-inf")).softmax(4)
+        weights = weights.masked_fill(~mask[..., None, :], 0)  # a row without keys is NaN
+        results[:, :, some] = weights @ some_values
+
+    results = results.permute(0, 2, 3, 1, 4).flatten(1, 2).unflatten(1, (-1, q_grid.slot_tokens))
+    return out.copy_(results[:, :, : q_grid.segment_tokens].flatten(1, 2))
+
+
+def check_block_lists(kv_indices: Tensor, kv_counts: Tensor | None, *, num_kv_blocks: int) -> None:
+    """Refuse lists that the attention functions would silently get wrong. Waits for the device.
+
+    Args:
+        kv_indices: int32 [B, H, query blocks, width].
+        kv_counts: int32 [B, H, query blocks], or None when every id is meant.
+        num_kv_blocks: key blocks there are.
+
+    Raises:
+        ValueError: another type, a count outside 0..width, or among the ids that are meant one
+            outside 0..num_kv_blocks-1 or a duplicate; names the first row at fault.
+    """
+    for name, x in (("kv_indices", kv_indices), ("kv_counts", kv_counts)):
+        if x is not None and x.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32, got {x.dtype}")
+    width = kv_indices.shape[3]
+    if kv_counts is None:
+        kv_counts = torch.full(kv_indices.shape[:3], width, device=kv_indices.device)
+    if kv_counts.shape != kv_indices.shape[:3]:
+        raise ValueError(
+            f"kv_counts must be {tuple(kv_indices.shape[:3])}, got {tuple(kv_counts.shape)}"
+        )
+
+    def refuse(at_fault: Tensor, what: str) -> None:
+        if at_fault.any():
+            b, h, row = at_fault.nonzero()[0].tolist()
+            raise ValueError(
+                f"{what} in the list of batch {b}, head {h}, query block {row}: "
+                f"{int(kv_counts[b, h, row])} ids of {kv_indices[b, h, row].tolist()}"
+            )
+
+    refuse((kv_counts < 0) | (kv_counts > width), f"a count outside 0..{width}")
+    listed = torch.arange(width, device=kv_indices.device) < kv_counts[..., None]
+    outside = (kv_indices < 0) | (kv_indices >= num_kv_blocks)
+    refuse((listed & outside).any(3), f"a block id outside 0..{num_kv_blocks - 1}")
+    # Ids that are not meant become distinct negative ones, which equal nothing.
+    unmeant = -1 - torch.arange(width, device=kv_indices.device)
+    ids = torch.where(listed, kv_indices, unmeant).sort(3).values
+    refuse((ids[..., 1:] == ids[..., :-1]).any(3), "a duplicate block id")
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _nan_last(scores: Tensor) -> Tensor:
+    return scores.masked_fill(scores.isnan(), float("-inf"))
+
+
+def _rank(scores: Tensor, tiers: Tensor) -> Tensor:
+    """Place of each entry of the last axis: higher tier, then higher score, then lower index."""
+    order = scores.argsort(dim=3, descending=True, stable=True)
+    order = order.gather(3, tiers.gather(3, order).argsort(dim=3, descending=True, stable=True))
+    places = torch.arange(scores.shape[3], device=scores.device).expand(scores.shape)
+    return torch.empty_like(order).scatter_(3, order, places)
