@@ -472,6 +472,14 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "two tensors of one name": (
         b"}(" + text("a.b") + FOUR + text("a") + b"}" + text("b") + FOUR + b"su", "of the name"
     ),
+    "two storages of one name": (
+        b"(" + FOUR + tensor(b"K\x02\x85", b"K\x01\x85", b"K\x02") + b"t", "storages of one name"
+    ),
+    "one tensor made 100,001 times": (
+        b"(" + FOUR.replace(b"((X", put(1) + b"((X", 1)[:-1] + put(2) + b"R"
+        + (get(1) + get(2) + b"R") * 100_000 + b"t",
+        "more than 100000 tensors",
+    ),
     "attributes of a tensor": (FOUR + b"}b", "a dict is missing"),
     "a dtype that is called": (b"ctorch\nfloat32\n)R", "a call of"),
     "nothing": (b"", "damaged"),
