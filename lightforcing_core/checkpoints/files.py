@@ -1,8 +1,8 @@
 """Reading tensors from files that may be hostile.
 
 Two readers only: safetensors, and torch's weights-only unpickler (which builds tensors and plain
-containers and runs no code) behind the checks of `archive`. A file is told by its content, not by
-its name.
+containers and runs no code) behind the checks of `archive`. A file is told by its content; a name
+that says something else is refused.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ _MAX_DEPTH = 64
 _MAX_ITEMS = 1_000_000
 # Tied and repeated weights share storage; more than this often they do only in an attack.
 _MAX_SHARING = 8
+_SAFETENSORS_EXTENSIONS = (".safetensors", ".sft")
+_TORCH_EXTENSIONS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 _EXPECTED = "expected a .safetensors or torch .pt file"
 
 
@@ -140,15 +142,31 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         head = _read_head(path)
         if _is_safetensors(head):
+            _check_extension(path, "safetensors", _SAFETENSORS_EXTENSIONS)
             return _read_safetensors(path)
         if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
             check_torch_file(path)
+            _check_extension(path, "torch", _TORCH_EXTENSIONS)
             return _read_torch(path), {}
     except OSError as error:
         raise UserError(
             f"cannot read {one_line(path, 1000)}: {error.strerror}; check the disk and its rights"
         ) from error
     raise UserError(f"{one_line(path, 1000)} {_describe(head)}")
+
+
+def _check_extension(path: Path, kind: str, known: tuple[str, ...]) -> None:
+    """Raise when a name says that a file is something else than it is.
+
+    Who trusts a file for being called .safetensors must not be given a pickle under that name, and
+    other programs go by the name. Names without an extension (caches have them) say nothing.
+    """
+    extension = path.suffix.lower()
+    if any(map(str.isalpha, extension)) and extension not in known:
+        raise UserError(
+            f"{one_line(path, 1000)} is a {kind} file under the wrong extension '{extension}'; "
+            f"expected {known[0]}: rename it if you trust where it comes from"
+        )
 
 
 def _read_head(path: Path) -> bytes:
@@ -245,9 +263,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
-        zipped = file.read(4) == ZIP_MAGIC
-        # The old layout cannot be mapped. Nor can a name that makes torch take the other reader.
-        mapped = zipped and path.suffix != ".safetensors"
+        mapped = file.read(4) == ZIP_MAGIC  # the old layout cannot be mapped
         file.seek(0)
         try:
             content = torch.load(

@@ -90,7 +90,10 @@ class WanConfig:
         layers = {int(number) for number in numbers if number.isdecimal()}
         if layers != set(range(len(layers))) or not layers:
             gaps = sorted(set(range(max(layers, default=0) + 1)) - layers)
-            raise UserError(f"blocks are missing from the checkpoint: {gaps or 'all'}")
+            raise UserError(
+                f"blocks are missing from the checkpoint: {gaps or 'all'}; expected one Wan model "
+                "in one piece (or all shards of it): download it again"
+            )
         if num_heads is None:
             if dim % 128:
                 raise UserError(

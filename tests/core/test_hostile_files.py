@@ -115,7 +115,7 @@ def mapping_of(tensor: Tensor) -> tuple[str, int]:
 # ---- what is read ----
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "torch", "misnamed torch", "old torch"])
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "old torch"])
 def test_plain_files_read_to_the_same_tensors(kind: str, tmp_path: Path) -> None:
     weights = {
         "a": torch.randn(3, 5),
@@ -125,7 +125,7 @@ def test_plain_files_read_to_the_same_tensors(kind: str, tmp_path: Path) -> None
         "e": torch.randn(4).to(torch.float8_e4m3fn),
         "f": torch.tensor(2.5),
     }
-    path = tmp_path / ("m.safetensors" if kind in ("safetensors", "misnamed torch") else "m.pt")
+    path = tmp_path / ("m.safetensors" if kind == "safetensors" else "m.pt")
     if kind == "safetensors":
         save_file(weights, path)
     else:
@@ -139,6 +139,32 @@ def test_plain_files_read_to_the_same_tensors(kind: str, tmp_path: Path) -> None
         assert read[name].dtype == value.dtype
         assert read[name].shape == value.shape
         assert torch.equal(read[name].float(), value.float())
+
+
+@pytest.mark.parametrize("name", ["m", "m.sft", "m.SAFETENSORS", "a1b2c3", "model.v2.1"])
+def test_names_that_say_nothing_else_are_taken(name: str, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / name)
+    assert list(read_state_dict(tmp_path / name)[0]) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.ckpt", "m.bin", "m", "m.PT"])
+def test_torch_files_have_many_names(name: str, tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / name)
+    assert list(read_state_dict(tmp_path / name)[0]) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.png", "m.txt"])
+def test_a_pickle_under_another_name_is_refused(name: str, tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(UserError, match=r"torch file under the wrong extension.*expected \.pt"):
+        read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.gguf", "m.mp4"])
+def test_safetensors_under_another_name_are_refused(name: str, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(UserError, match=r"wrong extension.*expected \.safetensors"):
+        read_state_dict(tmp_path / name)
 
 
 def test_what_training_writes_besides_weights_is_no_obstacle(tmp_path: Path) -> None:
@@ -174,10 +200,10 @@ def test_a_safetensors_file_is_known_whatever_its_header_length(tmp_path: Path) 
     """The length comes first; 0x80 and 'P' are also how other formats begin."""
     for padding in range(200):
         facts = json.dumps({"__metadata__": {"k": "v" * padding}, "a": entry(0, 4)}).encode()
-        (tmp_path / "m.bin").write_bytes(header(facts, bytes(4)))
-        read, metadata = read_state_dict(tmp_path / "m.bin")
+        (tmp_path / "m").write_bytes(header(facts, bytes(4)))
+        read, metadata = read_state_dict(tmp_path / "m")
         assert list(read) == ["a"]
-        assert metadata == {"k": "v" * padding} == read_metadata(tmp_path / "m.bin")
+        assert metadata == {"k": "v" * padding} == read_metadata(tmp_path / "m")
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
