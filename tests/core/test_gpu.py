@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import collections
 import gc
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lightforcing.lightforcing_core.checkpoints.load import load_model
+from lightforcing.lightforcing_core.checkpoints.lora import load_lora
 from lightforcing.lightforcing_core.errors import Cancelled, UserError
 from lightforcing.lightforcing_core.kv_cache import CacheSpec, KVCache
 from lightforcing.lightforcing_core.noise import SeededNoise
@@ -110,3 +114,32 @@ def test_the_1_3b_shape_runs_at_832x480_within_the_memory_announced() -> None:
         assert held >= spec.total_bytes
     # Beside the cache: activations of 4680 tokens, a few hundred MB.
     assert torch.cuda.max_memory_allocated() - before < spec.total_bytes + (2 << 30)
+
+
+def test_weights_arrive_on_the_gpu_as_they_do_on_the_cpu(tmp_path: Path) -> None:
+    """Plain, eight-bit and with a LoRA: widened and merged on the device, the same numbers."""
+    torch.manual_seed(0)
+    config = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=16, freq_dim=16)
+    plain = {k: v.detach() for k, v in WanModel(config).named_parameters()}
+    eight_bit = dict(plain)
+    name = "blocks.0.ffn.0"
+    scale = plain[f"{name}.weight"].abs().amax(1, keepdim=True) / 448
+    eight_bit[f"{name}.weight"] = (plain[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
+    eight_bit[f"{name}.weight_scale"] = scale
+    lora_file = tmp_path / "lora.safetensors"
+    low = {f"{name}.lora_A.weight": torch.randn(2, 128), f"{name}.lora_B.weight": torch.ones(64, 2)}
+    save_file(low, lora_file)
+    for kind, tensors in (("plain", plain), ("fp8", eight_bit)):
+        path = tmp_path / f"{kind}.safetensors"
+        save_file(tensors, path)
+        for dtype in (None, torch.bfloat16):
+            here = load_model(path, dtype=dtype).tree.state_dict()
+            there = load_model(path, dtype=dtype, device="cuda").tree.state_dict()
+            for key, value in here.items():
+                assert there[key].is_cuda
+                assert torch.equal(there[key].cpu(), value), (kind, dtype, key)
+        loras = [(load_lora(lora_file), 0.5)]
+        here = load_model(path, dtype=torch.float32, loras=loras).tree.state_dict()
+        there = load_model(path, dtype=torch.float32, device="cuda", loras=loras).tree.state_dict()
+        for key, value in here.items():
+            assert torch.allclose(there[key].cpu(), value, atol=1e-5), (kind, key)
