@@ -169,7 +169,8 @@ class Identification:
 
 def _words(path: Path) -> str:
     """The file's and its folder's name as words; a diffusers folder is called by its parent."""
-    parts = [part for part in path.resolve().parts if part != "transformer"]
+    # Links are not followed: download caches link a telling name to a hash.
+    parts = [part for part in path.absolute().parts if part != "transformer"]
     return re.sub(r"[\W_]+", " ", " ".join(parts[-2:]).lower())
 
 

@@ -541,3 +541,17 @@ def test_where_a_published_sampler_does_more_the_notes_name_it(
         ("memflow", "memory bank"),
     ):
         assert any(behaviour in note for note in load_model(path, family=family).notes), family
+
+
+def test_a_link_in_a_download_cache_keeps_its_telling_name(
+    weights: Weights, tmp_path: Path
+) -> None:
+    blob = tmp_path / "blobs" / "0a1b2c3d"
+    link = tmp_path / "snapshots" / "f00d" / "checkpoints" / "rolling_forcing_dmd.pt"
+    blob.parent.mkdir()
+    link.parent.mkdir(parents=True)
+    torch.save({"generator_ema": under("model.", weights)}, blob)
+    link.symlink_to(blob)
+    family = open_checkpoint(link).identification.family
+    assert family is not None
+    assert family.name == "rolling_forcing"
