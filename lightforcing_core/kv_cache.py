@@ -6,7 +6,8 @@ moved, cloned or read back: which frame lies where is known to the host as plain
 attention does not care about the order of its keys. Visible slots are always a prefix.
 
 Slots are padded to whole blocks when a block size is given, so that blocks never straddle
-frames, and each block's mean key is kept beside them.
+frames, and each block's mean key is kept beside them. A block's number, counted over the slots,
+is what index lists of sparse attention hold.
 
 Reference for what is visible when: Self Forcing `CausalWanSelfAttention` (`local_attn_size`,
 `sink_size`), which shifts the whole window in memory instead.
@@ -15,12 +16,14 @@ Reference for what is visible when: Self Forcing `CausalWanSelfAttention` (`loca
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..kernels.grid import BlockGrid
+from ..kernels.reference import pool_blocks
 from .errors import UserError
 from .memory import GIB, available_bytes
 
@@ -81,13 +84,18 @@ class CacheSpec:
             visible = min(visible + length, self.capacity_frames)
 
     @property
+    def grid(self) -> BlockGrid:
+        """How a slot is cut into blocks; without a block size it is one block."""
+        return BlockGrid(self.frame_tokens, self.block_tokens or self.frame_tokens)
+
+    @property
     def blocks_per_frame(self) -> int:
-        return -(-self.frame_tokens // self.block_tokens) if self.block_tokens else 0
+        return self.grid.blocks_per_segment if self.block_tokens else 0
 
     @property
     def frame_stride(self) -> int:
         """Rows of one slot: frame tokens, padded to whole blocks."""
-        return self.blocks_per_frame * self.block_tokens or self.frame_tokens
+        return self.grid.slot_tokens
 
     @property
     def key_value_bytes(self) -> int:
@@ -130,8 +138,21 @@ class KVCache:
     `commit()`; the next `enter` makes room.
     """
 
-    def __init__(self, spec: CacheSpec, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        spec: CacheSpec,
+        device: torch.device | str,
+        pool: Callable[..., Tensor] = pool_blocks,
+    ) -> None:
+        """
+        Args:
+            pool: makes the pooled keys, like `kernels.pool_blocks`.
+
+        Raises:
+            UserError: the device has too little memory.
+        """
         self.spec = spec
+        self._pool = pool
         device = torch.device(device)
         spec.check_memory(device)
         shape = (
@@ -148,10 +169,12 @@ class KVCache:
 
         self.keys = layers(*shape, dtype=spec.dtype)
         self.values = layers(*shape, dtype=spec.dtype)
-        self.pooled_keys: list[Tensor] = []
+        self.pooled_keys: list[Tensor] = []  # [B, H, capacity * blocks, D], block ids in order
         if spec.block_tokens:
-            shape = (*shape[:2], spec.blocks_per_frame, *shape[3:])
+            blocks = spec.capacity_frames * spec.blocks_per_frame
+            shape = (spec.batch, spec.num_heads, blocks, spec.head_dim)
             self.pooled_keys = layers(*shape, dtype=torch.float32)
+        self._unpooled_layers: set[int] = set()  # written since their keys were last pooled
         self._slot_frames: list[int] = []  # latent frame index in each used slot
         self._next_victim = spec.sink_frames
         self._open_slots: list[int] = []
@@ -212,6 +235,7 @@ class KVCache:
             slots = slice(start, start + length)
             self.keys[layer][:, slots, :tokens] = k[:, first : first + length]
             self.values[layer][:, slots, :tokens] = v[:, first : first + length]
+        self._unpooled_layers.add(layer)
 
     def visible(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values that the open chunk attends to, each [B, S, H, D].
@@ -223,13 +247,35 @@ class KVCache:
         values = self.values[layer][:, : self.visible_frames, :tokens]
         return keys.flatten(1, 2), values.flatten(1, 2)
 
+    def visible_slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all visible slots with their padding, each [B, S, H, D]; views."""
+        slots = slice(0, self.visible_frames)
+        return self.keys[layer][:, slots].flatten(1, 2), self.values[layer][:, slots].flatten(1, 2)
+
+    def visible_pooled(self, layer: int) -> Tensor:
+        """Mean keys of all visible blocks, float32 [B, H, blocks, D], a view.
+
+        The open chunk's are made first, if its keys were written since.
+        """
+        self._pool_open(layer)
+        return self.pooled_keys[layer][:, :, : self.visible_frames * self.spec.blocks_per_frame]
+
     def commit(self) -> None:
-        """Close the open chunk after its clean pass; its pooled keys are made here, once."""
-        for layer, pooled in enumerate(self.pooled_keys):
-            for _, start, length in _runs(self._open_slots):
-                slots = slice(start, start + length)
-                pooled[:, slots] = _mean_blocks(self.keys[layer][:, slots], self.spec)
+        """Close the open chunk after its clean pass; its pooled keys are final from here on."""
+        for layer in range(len(self.pooled_keys)):
+            self._pool_open(layer)
         self._open_slots = []
+
+    def _pool_open(self, layer: int) -> None:
+        """Pool the open chunk's keys of one layer, unless they are as they were last time."""
+        if layer not in self._unpooled_layers:
+            return
+        self._unpooled_layers.remove(layer)
+        per_frame = self.spec.blocks_per_frame
+        for _, start, length in _runs(self._open_slots):
+            keys = self.keys[layer][:, start : start + length].flatten(1, 2)
+            blocks = slice(start * per_frame, (start + length) * per_frame)
+            self.pooled_keys[layer][:, :, blocks] = self._pool(keys, self.spec.grid, padded=True)
 
 
 def _runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -242,17 +288,3 @@ def _runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:
         else:
             runs.append((offset, slot, 1))
     return runs
-
-
-def _mean_blocks(keys: Tensor, spec: CacheSpec) -> Tensor:
-    """Mean key of each block of a frame; the last block of a frame may be short.
-
-    Args: keys [B, frames, frame_stride, H, D]. Returns: float32 [B, frames, blocks, H, D].
-    """
-    sums = keys[:, :, : spec.frame_tokens].float()
-    padding = spec.frame_stride - spec.frame_tokens
-    sums = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, padding))
-    sums = sums.unflatten(2, (spec.blocks_per_frame, spec.block_tokens)).sum(3)
-    counts = torch.full((spec.blocks_per_frame, 1, 1), float(spec.block_tokens))
-    counts[-1] = spec.block_tokens - padding
-    return sums / counts.to(sums.device)

@@ -19,11 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import CachedAttention
+from .attention import CachedAttention, ChunkAttention
 from .errors import Cancelled, UserError
 from .kv_cache import CacheSpec, KVCache
 from .layout import chunk_lengths, context_lengths
 from .noise import NoiseSource
+from .schedule import Timeline
+from .sparse import SparseAttention, sparse_backend
+from .sparse_settings import SparseSettings
+from .stopwatch import Stopwatch
 from .timesteps import SELF_FORCING_STEPS, TRAIN_TIMESTEPS, check_steps
 from .wan.forward import PositionTable, TextContext, position_table, wan_forward
 
@@ -45,6 +49,7 @@ class RolloutSettings:
             -1 for the whole history.
         sink_frames: first frames of the video that stay visible in a window.
         context_timestep: timestep of the clean pass (0 in every published model).
+        sparse: how self-attention is made sparse; None: dense.
     """
 
     num_frames: int
@@ -55,6 +60,7 @@ class RolloutSettings:
     window_frames: int = -1
     sink_frames: int = 0
     context_timestep: float = 0.0
+    sparse: SparseSettings | None = None
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -98,6 +104,11 @@ class RolloutSettings:
         total = given_frames + self.num_frames
         return total if self.window_frames == -1 else min(self.window_frames, total)
 
+    def timeline(self, given_frames: int = 0) -> Timeline:
+        """The chunks as a growth schedule sees them."""
+        lengths = tuple(self.chunk_lengths(given_frames))
+        return Timeline(lengths, given_frames, self.window_frames)
+
 
 @dataclass(frozen=True)
 class ChunkStatistics:
@@ -108,11 +119,12 @@ class ChunkStatistics:
         first_frame, num_frames: absolute latent frames.
         kv_frames: latent frames attention saw, the chunk's own included.
         sparsity: share of (query block, key block) pairs asked to be skipped, 0..1.
-        density: share of pairs computed, 0..1, mean over heads, layers and passes.
+        density: share of pairs computed, 0..1, mean over heads, layers and denoising passes.
         forwards: forwards since the previous chunk was ready (clean passes included).
         denoise_seconds: denoising forwards.
         clean_seconds: clean passes of what came before this chunk (previous chunk or given
             frames).
+        select_seconds, attend_seconds: of those forwards, in choosing blocks and in attending.
     """
 
     index: int
@@ -125,6 +137,8 @@ class ChunkStatistics:
     forwards: int
     denoise_seconds: float
     clean_seconds: float
+    select_seconds: float = 0.0
+    attend_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -150,15 +164,16 @@ class _Denoiser:
         tree: nn.Module,
         text: TextContext,
         cache: KVCache,
+        attend: ChunkAttention,
         dtype: torch.dtype,
         should_stop: Callable[[], bool],
     ) -> None:
         self.tree = tree
         self.text = text
         self.cache = cache
+        self.attend = attend
         self.dtype = dtype
         self.should_stop = should_stop
-        self.attend = CachedAttention(cache)
         self.forwards = 0
 
     def positions(self, frames: Sequence[int], latents: Tensor) -> PositionTable:
@@ -184,6 +199,7 @@ class _Denoiser:
 
     def clean_pass(self, latents: Tensor, timestep: float, frames: Sequence[int]) -> None:
         """Write the keys and values of finished latents and close their chunk."""
+        self.attend.begin_pass(None)
         self.velocity(latents, timestep, frames, self.positions(frames, latents))
         self.cache.commit()
 
@@ -196,6 +212,7 @@ class _Denoiser:
                 sigma = timestep / TRAIN_TIMESTEPS
                 fresh = noise.renoise(frames, step).float()
                 latents = (1 - sigma) * latents + sigma * fresh
+            self.attend.begin_pass(step)
             velocity = self.velocity(latents, timestep, frames, positions)
             sigma = timestep / TRAIN_TIMESTEPS
             # Float64 as in Self Forcing: the difference of two large terms.
@@ -234,17 +251,31 @@ def cache_spec(
     dim = tree.patch_embedding.weight.shape[0]
     _, patch_h, patch_w = tree.patch_size
     capacity = settings.capacity_frames(given_frames)
+    frame_tokens = (latent_height // patch_h) * (latent_width // patch_w)
     return CacheSpec(
         batch=batch,
         num_layers=len(tree.blocks),
         num_heads=tree.num_heads,
         head_dim=dim // tree.num_heads,
-        frame_tokens=(latent_height // patch_h) * (latent_width // patch_w),
+        frame_tokens=frame_tokens,
         capacity_frames=capacity,
         # A video shorter than its window never drops a frame: its sinks are just frames.
         sink_frames=min(settings.sink_frames, capacity - 1),
+        block_tokens=0 if settings.sparse is None else settings.sparse.key_block(frame_tokens),
         dtype=dtype,
     )
+
+
+def _attention(
+    settings: RolloutSettings, spec: CacheSpec, device: torch.device, given_frames: int
+) -> tuple[KVCache, ChunkAttention]:
+    """The cache of a run, and the attention over it."""
+    if settings.sparse is None:
+        cache = KVCache(spec, device)
+        return cache, CachedAttention(cache, Stopwatch(device))
+    backend = sparse_backend(settings.sparse, spec, device)
+    cache = KVCache(spec, device, backend.pool_blocks)
+    return cache, SparseAttention(cache, settings.sparse, settings.timeline(given_frames), backend)
 
 
 @torch.no_grad()
@@ -296,8 +327,8 @@ def rollout(
         given_frames=given_frames,
     )
     spec.check_chunks([*given_lengths, *lengths])
-    denoiser = _Denoiser(tree, text, KVCache(spec, device), dtype, should_stop)
-    cache = denoiser.cache
+    cache, attend = _attention(settings, spec, device, given_frames)
+    denoiser = _Denoiser(tree, text, cache, attend, dtype, should_stop)
 
     started = _synchronized_time(device)
     first = 0
@@ -305,6 +336,7 @@ def rollout(
         for length in given_lengths:
             frames = range(first, first + length)
             cache.enter(frames)
+            attend.begin_chunk(None)
             latents = given_latents[:, :, first : first + length].to(device).float()
             denoiser.clean_pass(latents, settings.context_timestep, frames)
             first += length
@@ -320,18 +352,23 @@ def rollout(
         own_list = index == 0 and settings.first_chunk_steps is not None
         steps = check_steps(settings.first_chunk_steps if own_list else settings.steps)
         cache.enter(frames)
+        attend.begin_chunk(index)
         latents = denoiser.denoise(noise, steps, frames)
+        denoised = _synchronized_time(device)
+        attention = attend.statistics()
         statistics = ChunkStatistics(
             index=index,
             first_frame=frames.start,
             num_frames=length,
             steps=len(steps),
             kv_frames=cache.visible_frames,
-            sparsity=0.0,
-            density=1.0,
+            sparsity=attention.sparsity,
+            density=attention.density,
             forwards=denoiser.forwards,
-            denoise_seconds=_synchronized_time(device) - cleaned,
+            denoise_seconds=denoised - cleaned,
             clean_seconds=cleaned - started,
+            select_seconds=attention.select_seconds,
+            attend_seconds=attention.attend_seconds,
         )
         denoiser.forwards = 0
         yield Chunk(latents, statistics)

@@ -121,7 +121,7 @@ def test_pooled_keys_are_the_means_of_each_frames_blocks(block_tokens: int) -> N
         cache.commit()
     for slot, k in frames_in_slot.items():
         for block, part in enumerate(k.split(block_tokens)):
-            pooled = cache.pooled_keys[1][0, slot, block]
+            pooled = cache.pooled_keys[1][0, :, slot * spec.blocks_per_frame + block]
             assert torch.allclose(pooled, part.mean(0), atol=1e-6), (slot, block)
     assert cache.visible(0)[0].shape[1] == 3 * spec.frame_tokens  # padding is not visible
 

@@ -1,0 +1,200 @@
+"""Who computes sparse attention here: the torch reference or the Triton kernels.
+
+`resolve_backend` decides once per run. What was asked for by name is never replaced by something
+else: if it cannot do the job, the error lists every reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import reference
+from .errors import UserError
+
+log = logging.getLogger("lightforcing")
+
+BACKENDS = ("auto", "triton", "reference")
+_TRITON_BLOCKS = (16, 32, 64, 128)
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LEAST_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """The three operations of sparse attention, with the signatures of `kernels.reference`."""
+
+    name: str
+    pool_blocks: Callable[..., Tensor]
+    select_blocks: Callable[..., tuple[Tensor, Tensor]]
+    block_sparse_attention: Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionJob:
+    """What a run asks of its backend. Blocks in tokens."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    query_block_tokens: int
+    key_block_tokens: int
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can work on this machine, and the reason in words."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+REFERENCE = AttentionBackend(
+    "reference",
+    reference.pool_blocks,
+    reference.select_blocks,
+    reference.block_sparse_attention,
+)
+
+
+def list_backends() -> list[BackendStatus]:
+    """Every backend and what this machine says to it, for `doctor`."""
+    obstacles = _triton_machine_obstacles()
+    where = "interpreted on the CPU (TRITON_INTERPRET=1), slow"
+    if torch.cuda.is_available():
+        where = f"on {torch.cuda.get_device_name()}"
+    return [
+        BackendStatus(
+            "sparse attention: triton", not obstacles, "; ".join(obstacles) or f"kernels {where}"
+        ),
+        BackendStatus(
+            "sparse attention: reference", True, "plain torch, any device, exact and slow"
+        ),
+    ]
+
+
+def resolve_backend(name: str, job: AttentionJob) -> AttentionBackend:
+    """The backend for a run.
+
+    Args:
+        name: 'reference', 'triton', or 'auto': the fastest that can do the job, logged.
+        job: what it has to do.
+
+    Raises:
+        UserError: no such backend, or the one named cannot do the job; lists every reason.
+    """
+    if name == "reference":
+        return REFERENCE
+    if name not in BACKENDS:
+        raise UserError(f"no attention backend '{name}'; choose one of {', '.join(BACKENDS)}")
+    obstacles = _triton_obstacles(job)
+    if name == "triton":
+        if obstacles:
+            raise UserError(
+                f"the attention backend 'triton' cannot be used: {'; '.join(obstacles)}; "
+                "choose 'auto' or 'reference'"
+            )
+        return _triton()
+    # Triton's interpreter makes a CPU look able, but only a test would ask for it, and by name.
+    if obstacles or job.device.type != "cuda":
+        log.info("sparse attention: reference (triton: %s)", "; ".join(obstacles) or "interpreted")
+        if job.device.type == "cuda":
+            log.warning(
+                "sparse attention runs in plain torch and is slower than dense attention: %s",
+                "; ".join(obstacles),
+            )
+        return REFERENCE
+    log.info("sparse attention: triton")
+    return _triton()
+
+
+def _triton() -> AttentionBackend:
+    # Late: importing Triton takes a second, and a machine without it must import the core.
+    from ..kernels import ops
+
+    return AttentionBackend(
+        "triton",
+        ops.pool_blocks_triton,
+        ops.select_blocks_triton,
+        ops.block_sparse_attention_triton,
+    )
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_machine_obstacles() -> list[str]:
+    """Reasons why this machine cannot run the Triton kernels at all."""
+    if importlib.util.find_spec("triton") is None:
+        return ["Triton is not installed (it comes with torch's CUDA builds for Linux)"]
+    if torch.cuda.is_available() or _is_interpreted():
+        return _import_obstacles()
+    return ["torch sees no CUDA device"]
+
+
+def _import_obstacles() -> list[str]:
+    try:
+        _triton()
+    # A Triton of another age may fail in any way while its kernels are defined.
+    except Exception as error:  # noqa: BLE001
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return [f"its kernels do not load with the installed Triton ({reason})"]
+    return []
+
+
+def _triton_obstacles(job: AttentionJob) -> list[str]:
+    """Every reason why the Triton kernels cannot do a job."""
+    obstacles = _triton_machine_obstacles()
+
+    def demand(met: bool, reason: str) -> None:
+        if not met:
+            obstacles.append(reason)
+
+    if job.device.type == "cuda":
+        if torch.cuda.is_available():
+            capability = torch.cuda.get_device_capability(job.device)
+            demand(
+                capability >= _LEAST_CAPABILITY,
+                f"it needs compute capability 8.0 or higher, {job.device} has "
+                f"{capability[0]}.{capability[1]}",
+            )
+    else:
+        demand(_is_interpreted(), f"it needs a CUDA device, this run is on {job.device}")
+    for kind, tokens in (("query", job.query_block_tokens), ("key", job.key_block_tokens)):
+        demand(
+            tokens in _TRITON_BLOCKS,
+            f"its {kind} blocks are {_listed(_TRITON_BLOCKS)} tokens, asked were {tokens}",
+        )
+    demand(job.dtype in _TRITON_DTYPES, f"it cannot compute in {_plain(job.dtype)}")
+    head_dims = _triton_head_dims()
+    demand(
+        not head_dims or job.head_dim in head_dims,
+        f"its head dims are {_listed(head_dims)}, this model has {job.head_dim}",
+    )
+    return obstacles
+
+
+def _triton_head_dims() -> tuple[int, ...]:
+    """Head dims of the kernels; none where they cannot be imported, which is said elsewhere."""
+    if _triton_machine_obstacles():
+        return ()
+    from ..kernels.triton_attention import HEAD_DIMS
+
+    return HEAD_DIMS
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,229 @@
+"""Sparse self-attention of a rollout: schedule -> selection -> kernels, chunk by chunk.
+
+The host knows by plain integers which frame lies in which slot and how many blocks to keep, so
+that within a chunk nothing waits for the device; all that is sent to it is sent as the chunk
+begins. Index lists hold physical block ids (slot x blocks per frame + block), so a ring of slots
+needs no reordering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.grid import BlockGrid
+from .attention import AttentionStatistics, dense_attention
+from .backends import AttentionBackend, AttentionJob, resolve_backend
+from .errors import UserError
+from .kv_cache import CacheSpec, KVCache
+from .schedule import Timeline, chunk_sparsity
+from .selection import KeyView, SelectionRule, fixed_blocks, own_blocks
+from .sparse_settings import SparseSettings
+from .stopwatch import Stopwatch
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A rule as the device needs it: made when a chunk begins."""
+
+    rule: SelectionRule
+    roles: Tensor  # int32 [visible slots]
+    own_blocks: Tensor | None  # int32 [query blocks]
+    fixed: Tensor | None  # int32 [blocks], the whole list of a rule that needs no scores
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The index lists of one layer, and what they were made from."""
+
+    prepared: _Prepared
+    kv_indices: Tensor  # int32 [B, H, query blocks, top_k]
+    kv_counts: Tensor  # int32 [B, H, query blocks]
+
+
+def sparse_backend(
+    settings: SparseSettings, spec: CacheSpec, device: torch.device
+) -> AttentionBackend:
+    """The backend that can do a run of these settings. See `resolve_backend`."""
+    job = AttentionJob(
+        device=device,
+        dtype=spec.dtype,
+        head_dim=spec.head_dim,
+        query_block_tokens=settings.query_block(spec.frame_tokens),
+        key_block_tokens=settings.key_block(spec.frame_tokens),
+    )
+    return resolve_backend(settings.backend, job)
+
+
+class SparseAttention:
+    """Attention of a chunk to the blocks that a policy chooses; see `attention.ChunkAttention`.
+
+    A chunk or pass of sparsity 0 goes through dense attention, exactly as without any of this;
+    so does what is given (a start picture, a video to extend): its few clean passes are made once
+    and every chunk builds on them.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        settings: SparseSettings,
+        timeline: Timeline,
+        backend: AttentionBackend,
+    ) -> None:
+        """
+        Args:
+            cache: with blocks of the settings' key block size.
+            timeline: the chunks to come; more may come.
+            backend: from `sparse_backend`.
+
+        Raises:
+            UserError: the cache has other blocks.
+        """
+        frame_tokens = cache.spec.frame_tokens
+        if cache.spec.block_tokens != settings.key_block(frame_tokens):
+            raise UserError(
+                f"the cache has key blocks of {cache.spec.block_tokens} tokens, sparse attention "
+                f"was set to {settings.key_block(frame_tokens)}; start a new run to change them"
+            )
+        self.cache = cache
+        self.settings = settings
+        self._timeline = timeline
+        self._backend = backend
+        self._q_grid = BlockGrid(frame_tokens, settings.query_block(frame_tokens))
+        self._device = cache.keys[0].device
+        self._watch = Stopwatch(self._device)
+        self._sparsity = 0.0
+        self._step: int | None = None
+        self._prepared: dict[float, _Prepared | None] = {}
+        self._plans: dict[int, _Plan] = {}
+        self._counts: list[Tensor | None] = []  # kv_counts of each layer and pass; None: dense
+
+    @property
+    def plans(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Latest (kv_indices, kv_counts) by layer, of the open chunk; none for a dense one."""
+        return {layer: (plan.kv_indices, plan.kv_counts) for layer, plan in self._plans.items()}
+
+    def begin_chunk(self, chunk: int | None) -> None:
+        """Take the sparsity of a chunk, and send the device what its passes will need.
+
+        Args: chunk index from 0, its frames in the cache already; None for given frames.
+        """
+        self._plans.clear()
+        self._counts.clear()
+        self._prepared.clear()
+        self._sparsity = 0.0
+        if chunk is not None and len(self.cache.open_slots) < self.cache.visible_frames:
+            self._sparsity = chunk_sparsity(self.settings.schedule, self._timeline, chunk)
+        view = self._view()
+        for step in (0, 1, None):
+            for layer in range(self.cache.spec.num_layers):
+                sparsity = self._pass_sparsity(step, layer)
+                if sparsity not in self._prepared:
+                    self._prepared[sparsity] = self._prepare(view, sparsity)
+        if all(prepared is None for prepared in self._prepared.values()):
+            self._sparsity = 0.0  # the policy is dense
+
+    def begin_pass(self, step: int | None) -> None:
+        self._step = step
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v of the open chunk, [B, S, H, D], q and k rotated; returns [B, S, H, D]."""
+        self.cache.write(layer, k, v)
+        prepared = self._prepared[self._pass_sparsity(self._step, layer)]
+        if prepared is None:
+            self._counts.append(None)
+            with self._watch.span("attend"):
+                return dense_attention(q, *self.cache.visible(layer))
+        with self._watch.span("select"):
+            plan = self._plan(layer, q, prepared)
+        self._counts.append(plan.kv_counts)
+        keys, values = self.cache.visible_slots(layer)
+        with self._watch.span("attend"):
+            return self._backend.block_sparse_attention(
+                q,
+                keys,
+                values,
+                plan.kv_indices,
+                plan.kv_counts,
+                q_grid=self._q_grid,
+                kv_grid=self.cache.spec.grid,
+            )
+
+    def statistics(self) -> AttentionStatistics:
+        """Of the open chunk; waits for the device."""
+        taken = self._watch.take()
+        return AttentionStatistics(
+            sparsity=self._sparsity,
+            density=self._density(),
+            select_seconds=taken.get("select", 0.0),
+            attend_seconds=taken.get("attend", 0.0),
+        )
+
+    def _pass_sparsity(self, step: int | None, layer: int) -> float:
+        num_layers = self.cache.spec.num_layers
+        return self.settings.budgets.sparsity(self._sparsity, step, layer, num_layers)
+
+    def _view(self) -> KeyView:
+        cache = self.cache
+        return KeyView(cache.slot_frames, cache.open_slots, cache.spec.blocks_per_frame)
+
+    def _prepare(self, view: KeyView, sparsity: float) -> _Prepared | None:
+        """None: dense."""
+        rule = self.settings.policy.rule(view, sparsity) if sparsity else None
+        if rule is None:
+            return None
+        own = None
+        if rule.own_block:
+            own = self._send(
+                own_blocks(
+                    view,
+                    self.cache.spec.frame_tokens,
+                    self._q_grid.block_tokens,
+                    self.cache.spec.block_tokens,
+                )
+            )
+        fixed = self._send(fixed_blocks(view, rule)) if rule.is_fixed else None
+        return _Prepared(rule, self._send(rule.roles), own, fixed)
+
+    def _send(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=self._device)
+
+    def _plan(self, layer: int, q: Tensor, prepared: _Prepared) -> _Plan:
+        """The layer's plan so far where it may be used again, else a new one."""
+        plan = self._plans.get(layer)
+        if plan is not None and plan.prepared is prepared:
+            needs_scores = prepared.fixed is None
+            if not (needs_scores and self.settings.plans_anew(self._step)):
+                return plan
+        plan = _Plan(prepared, *self._select(layer, q, prepared))
+        self._plans[layer] = plan
+        return plan
+
+    def _select(self, layer: int, q: Tensor, prepared: _Prepared) -> tuple[Tensor, Tensor]:
+        rule = prepared.rule
+        if prepared.fixed is not None:
+            frames = q.shape[1] // self._q_grid.segment_tokens
+            rows = (q.shape[0], q.shape[2], frames * self._q_grid.blocks_per_segment)
+            indices = prepared.fixed.expand(*rows, rule.top_k).contiguous()
+            return indices, torch.full(rows, rule.top_k, dtype=torch.int32, device=self._device)
+        return self._backend.select_blocks(
+            self._backend.pool_blocks(q, self._q_grid, padded=False),
+            self.cache.visible_pooled(layer),
+            blocks_per_segment=self.cache.spec.blocks_per_frame,
+            roles=prepared.roles,
+            keep_candidates=rule.keep_candidates,
+            top_k=rule.top_k,
+            own_blocks=prepared.own_blocks,
+        )
+
+    def _density(self) -> float:
+        """Kept share of all block pairs, mean over the chunk's layers and passes so far."""
+        sparse = [counts for counts in self._counts if counts is not None]
+        if not sparse:
+            return 1.0
+        dense = len(self._counts) - len(sparse)
+        kept = int(torch.stack(sparse).sum(dtype=torch.int64))
+        return (dense + kept / (sparse[0].numel() * self._view().num_blocks)) / len(self._counts)
