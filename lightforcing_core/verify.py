@@ -22,6 +22,7 @@ from .outputs import check_output, replacing
 from .rollout import RolloutSettings, rollout
 from .vae.taehv import TAEHV
 from .vae.wan_vae import WanVAE
+from .verify_attention import attention_cases
 from .wan.config import WanConfig
 from .wan.forward import prepare_text
 from .wan.modules import WanModel
@@ -31,19 +32,27 @@ TOLERANCE = 1e-4  # relative L2 error in float32
 
 @dataclass(frozen=True)
 class CaseResult:
-    """Outcome of one case; `rel_err` is None when the file holds no expectation."""
+    """Outcome of one case.
+
+    Attributes:
+        rel_err: relative L2 error of the output; None when the file holds no expectation.
+        detail: why it failed where the error does not say it.
+    """
 
     file: str
     case: str
     rel_err: float | None
     passed: bool
+    detail: str = ""
 
 
 @dataclass(frozen=True)
 class _Computed:
+    """One case: tensors by the names of the expected ones, and what was wrong beside them."""
+
     case: str
-    tensor_name: str
-    value: Tensor
+    tensors: Mapping[str, Tensor]
+    problems: tuple[str, ...] = ()
 
 
 def verify_files(paths: Sequence[str | Path], write: str | Path | None = None) -> list[CaseResult]:
@@ -64,13 +73,14 @@ def verify_files(paths: Sequence[str | Path], write: str | Path | None = None) -
         tensors, metadata = read_state_dict(path)
         try:
             for item in _recompute(tensors, metadata):
-                if write is not None and item.tensor_name in computed:
-                    raise UserError(
-                        f"two files expect a tensor '{item.tensor_name}'; "
-                        "write the results of one file at a time"
-                    )
-                computed[item.tensor_name] = item.value.contiguous()
-                results.append(_compare(Path(path), item, tensors.get(item.tensor_name)))
+                for name, value in item.tensors.items():
+                    if write is not None and name in computed:
+                        raise UserError(
+                            f"two files expect a tensor '{name}'; "
+                            "write the results of one file at a time"
+                        )
+                    computed[name] = value.contiguous()
+                results.append(_compare(Path(path), item, tensors))
         except KeyError as error:
             raise UserError(f"{path}: {error.args[0]} is missing from the golden file") from error
         except UserError as error:
@@ -86,12 +96,36 @@ def verify_files(paths: Sequence[str | Path], write: str | Path | None = None) -
     return results
 
 
-def _compare(path: Path, item: _Computed, expected: Tensor | None) -> CaseResult:
-    finite = bool(torch.isfinite(item.value).all())
-    if expected is None:
-        return CaseResult(path.name, item.case, None, finite)
-    error = relative_error(item.value, expected)
-    return CaseResult(path.name, item.case, error, error <= TOLERANCE)
+def _compare(path: Path, item: _Computed, file: Mapping[str, Tensor]) -> CaseResult:
+    problems = list(item.problems)
+    errors: list[float] = []
+    for name, value in item.tensors.items():
+        expected = file.get(name)
+        if not bool(torch.isfinite(value).all()):
+            problems.append(f"{name}: computed NaN or infinity")
+        if expected is None:
+            continue
+        if value.dtype.is_floating_point:
+            errors.append(relative_error(value, expected))
+        else:
+            problems += _set_problems(name, value, expected)
+    error = max(errors, default=None)
+    passed = not problems and (error is None or error <= TOLERANCE)
+    return CaseResult(path.name, item.case, error, passed, "; ".join(problems))
+
+
+def _set_problems(name: str, value: Tensor, expected: Tensor) -> list[str]:
+    """Whether the rows of two index tensors are the same sets."""
+    if value.shape != expected.shape or expected.dtype.is_floating_point:
+        return [f"{name}: {_described(expected)}, computed {_described(value)}"]
+    differ = (value.long().sort(-1).values != expected.long().sort(-1).values).any(-1)
+    if not bool(differ.any()):
+        return []
+    return [f"{name}: {int(differ.sum())} of {differ.numel()} rows are other sets"]
+
+
+def _described(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -114,12 +148,18 @@ def _recompute(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> It
     described = {key: json.loads(metadata[key]) for key in ("golden", "vae") if key in metadata}
     if "vae" in described:
         yield from _vae_cases(tensors)
-    elif isinstance(described.get("golden", {}).get("cases"), dict):
+        return
+    cases = described.get("golden", {}).get("cases")
+    if isinstance(cases, dict):
         yield from _rollout_cases(tensors, described["golden"])
+    elif isinstance(cases, list):
+        for case in attention_cases(tensors, described["golden"]):
+            recomputed = {f"{case.name}.kv_indices": case.kv_indices, f"{case.name}.out": case.out}
+            yield _Computed(case.name, recomputed, case.problems)
     else:
         raise UserError(
-            "not a golden file this version can check; expected metadata 'golden' with rollout "
-            f"cases, or 'vae'; got {sorted(metadata) or 'no metadata'}"
+            "not a golden file this version can check; expected metadata 'golden' with rollout or "
+            f"attention cases, or 'vae'; got {sorted(metadata) or 'no metadata'}"
         )
 
 
@@ -196,7 +236,7 @@ def _rollout_cases(tensors: Mapping[str, Tensor], golden: Mapping[str, Any]) -> 
             given_latents=None if given is None else given.transpose(1, 2),
         ):
             parts.append(chunk.latents.transpose(1, 2))
-        yield _Computed(name, f"{name}.latents", torch.cat(parts, dim=1))
+        yield _Computed(name, {f"{name}.latents": torch.cat(parts, dim=1)})
 
 
 @torch.no_grad()
@@ -214,12 +254,12 @@ def _vae_cases(tensors: Mapping[str, Tensor]) -> Iterator[_Computed]:
 
     wan = WanVAE.from_state_dict(weights("wan_vae."))
     pixels, _ = wan.decode(tensors["wan.latent"])
-    yield _Computed("wan_decode", "wan.pixels", pixels)
+    yield _Computed("wan_decode", {"wan.pixels": pixels})
     latents, _ = wan.encode(tensors["wan.encode_in"])
-    yield _Computed("wan_encode", "wan.encode_out", latents)
+    yield _Computed("wan_encode", {"wan.encode_out": latents})
     taehv = TAEHV.from_state_dict(weights("taehv."))
     frames, _ = taehv.decode(tensors["taehv.latent"])
-    yield _Computed("taehv_decode", "taehv.frames_untrimmed", frames)
+    yield _Computed("taehv_decode", {"taehv.frames_untrimmed": frames})
 
 
 def results_to_json(results: Sequence[CaseResult]) -> dict[str, Any]:
