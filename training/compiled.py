@@ -1,9 +1,9 @@
 """Compiling one transformer block and using it for all layers.
 
 Compiling the whole denoiser takes minutes, since every layer is unrolled; one block takes seconds
-and gives the same fused kernels. `wan_forward` calls its module's `_block` for each layer, and that
-is what is replaced while `compiled_blocks` is active. Only training does this, in a process of its
-own.
+and gives the same fused kernels. `wan_forward` calls its module's `run_block` for each layer, and
+that is what is replaced while `compiled_blocks` is active. Only training does this, in a process
+of its own.
 
 Attention that keeps state (the key/value cache) cannot be traced: it is called through an operator
 that is opaque to the compiler and takes the layer as a tensor, so that layers share one graph.
@@ -40,7 +40,7 @@ def compiled_blocks(enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    original = wan._block
+    original = wan.run_block
     # One entry per batch shape and kind of attention.
     torch._dynamo.config.recompile_limit = 64
 
@@ -92,8 +92,8 @@ def compiled_blocks(enabled: bool = True) -> Iterator[None]:
         finally:
             _stateful.pop()
 
-    wan._block = run_block
+    wan.run_block = run_block
     try:
         yield
     finally:
-        wan._block = original
+        wan.run_block = original

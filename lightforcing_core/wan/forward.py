@@ -132,6 +132,7 @@ def wan_forward(
     text: TextContext,
     attend: SelfAttend,
     positions: PositionTable | None = None,
+    block_runner: RunBlock | None = None,
 ) -> Tensor:
     """Velocity of some latent frames.
 
@@ -143,6 +144,7 @@ def wan_forward(
         text: from `prepare_text`.
         attend: self-attention of every layer.
         positions: from `position_table` for the same indices and size, to reuse it.
+        block_runner: runs each block, instead of `run_block`: compiled or fused.
 
     Returns:
         Velocity eps - x0, [B, C_out, F, h, w], dtype of x.
@@ -160,15 +162,32 @@ def wan_forward(
     modulation = tree.time_projection(embedded).view(batch, frames, 6, -1)
     embedded = embedded.view(batch, frames, 1, -1)
 
+    run = block_runner or run_block
     for layer, block in enumerate(tree.blocks):
-        hidden = _block(block, layer, hidden, modulation, tree.num_heads, positions, text, attend)
+        hidden = run(block, layer, hidden, modulation, tree.num_heads, positions, text, attend)
 
     shift, scale = (_parameter(tree.head.modulation, embedded) + embedded).unbind(2)
     out = tree.head.head(_modulate(tree.head.norm(hidden), shift, scale))
     return _unpatchify(out, frames, height, width, tree.patch_size)
 
 
-def _block(
+class RunBlock(Protocol):
+    """One transformer block; hidden [B, F * T, dim], modulation [B, F, 6, dim]."""
+
+    def __call__(
+        self,
+        block: nn.Module,
+        layer: int,
+        hidden: Tensor,
+        modulation: Tensor,
+        num_heads: int,
+        positions: PositionTable,
+        text: TextContext,
+        attend: SelfAttend,
+    ) -> Tensor: ...
+
+
+def run_block(
     block: nn.Module,
     layer: int,
     hidden: Tensor,
@@ -178,26 +197,57 @@ def _block(
     text: TextContext,
     attend: SelfAttend,
 ) -> Tensor:
-    """One transformer block; hidden [B, F * T, dim], modulation [B, F, 6, dim]."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = (
-        _parameter(block.modulation, modulation) + modulation
-    ).unbind(2)
+    """One transformer block, as it stands; see `RunBlock`."""
+    q, k, v = before_attention(block, hidden, modulation, num_heads, positions.cos, positions.sin)
+    attended = attend(layer, q, k, v)
+    return after_attention(
+        block, hidden, attended, modulation, text.keys[layer], text.values[layer]
+    )
+
+
+def before_attention(
+    block: nn.Module,
+    hidden: Tensor,
+    modulation: Tensor,
+    num_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a block's self-attention, each [B, F * T, H, D], rotated."""
+    shift, scale, _ = _six(block, modulation)[:3]
     attention = block.self_attn
-    normed = _modulate(block.norm1(hidden), shift1, scale1)
+    normed = _modulate(block.norm1(hidden), shift, scale)
     q = _heads(attention.norm_q(attention.q(normed)), num_heads)
     k = _heads(attention.norm_k(attention.k(normed)), num_heads)
     v = _heads(attention.v(normed), num_heads)
-    q = apply_rope(q, positions.cos, positions.sin)
-    k = apply_rope(k, positions.cos, positions.sin)
-    hidden = _gate(hidden, attention.o(attend(layer, q, k, v).flatten(2)), gate1)
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+def after_attention(
+    block: nn.Module,
+    hidden: Tensor,
+    attended: Tensor,
+    modulation: Tensor,
+    text_keys: Tensor,
+    text_values: Tensor,
+) -> Tensor:
+    """The rest of a block: [B, F * T, dim] from its input and its self-attention's result."""
+    _, _, gate1, shift2, scale2, gate2 = _six(block, modulation)
+    hidden = _gate(hidden, block.self_attn.o(attended.flatten(2)), gate1)
 
     attention = block.cross_attn
+    num_heads = text_keys.shape[2]
     q = _heads(attention.norm_q(attention.q(block.norm3(hidden))), num_heads)
-    crossed = dense_attention(q, text.keys[layer], text.values[layer])
+    crossed = dense_attention(q, text_keys, text_values)
     hidden = hidden + attention.o(crossed.flatten(2))
 
     normed = _modulate(block.norm2(hidden), shift2, scale2)
     return _gate(hidden, block.ffn(normed), gate2)
+
+
+def _six(block: nn.Module, modulation: Tensor) -> tuple[Tensor, ...]:
+    """Shift, scale and gate of self-attention and of the feed-forward, each [B, F, dim]."""
+    return (_parameter(block.modulation, modulation) + modulation).unbind(2)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -1,0 +1,42 @@
+"""Transformer blocks through torch.compile: what surrounds self-attention, fused.
+
+Self-attention keeps state (the key/value cache) and is the caller's; the two pieces around it are
+compiled once and serve every layer, since weights are inputs of the compiled code. A chunk of
+another length compiles again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .forward import (
+    PositionTable,
+    RunBlock,
+    SelfAttend,
+    TextContext,
+    after_attention,
+    before_attention,
+)
+
+
+def compiled_block_runner() -> RunBlock:
+    """For `wan_forward`'s `block_runner`; compiles when it is first used."""
+    before = torch.compile(before_attention, dynamic=False)
+    after = torch.compile(after_attention, dynamic=False)
+
+    def run(
+        block: nn.Module,
+        layer: int,
+        hidden: Tensor,
+        modulation: Tensor,
+        num_heads: int,
+        positions: PositionTable,
+        text: TextContext,
+        attend: SelfAttend,
+    ) -> Tensor:
+        q, k, v = before(block, hidden, modulation, num_heads, positions.cos, positions.sin)
+        attended = attend(layer, q, k, v)
+        return after(block, hidden, attended, modulation, text.keys[layer], text.values[layer])
+
+    return run

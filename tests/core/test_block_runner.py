@@ -1,0 +1,75 @@
+"""Whoever runs the blocks, the forward is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightforcing.lightforcing_core.attention import dense_attention
+from lightforcing.lightforcing_core.wan.compiled import compiled_block_runner
+from lightforcing.lightforcing_core.wan.config import WanConfig
+from lightforcing.lightforcing_core.wan.forward import (
+    RunBlock,
+    prepare_text,
+    run_block,
+    wan_forward,
+)
+from lightforcing.lightforcing_core.wan.modules import WanModel
+
+
+def velocity(tree: WanModel, runner: RunBlock | None, device: str = "cpu") -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    dtype = tree.patch_embedding.weight.dtype
+    x = torch.randn(1, 16, 3, 8, 8, generator=generator).to(device, dtype)
+    text = torch.randn(1, 5, 16, generator=generator).to(device, dtype)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dense_attention(q, k, v)
+
+    with torch.no_grad():
+        return wan_forward(
+            tree,
+            x,
+            torch.tensor([[900.0, 500.0, 0.0]], device=device),
+            range(3),
+            prepare_text(tree, text),
+            attend,
+            block_runner=runner,
+        )
+
+
+def small_tree() -> WanModel:
+    torch.manual_seed(1)
+    config = WanConfig(dim=256, ffn_dim=128, num_heads=2, num_layers=3, text_dim=16)
+    return WanModel(config).requires_grad_(False)
+
+
+def test_a_runner_gets_every_block_in_order_and_decides_its_result() -> None:
+    tree = small_tree()
+    seen = []
+
+    def runner(block, layer, hidden, *rest):
+        seen.append((layer, block is tree.blocks[layer]))
+        return run_block(block, layer, hidden, *rest) + (1.0 if layer == 1 else 0.0)
+
+    changed = velocity(tree, runner)
+    assert seen == [(0, True), (1, True), (2, True)]
+    assert not torch.equal(changed, velocity(tree, None))
+    assert torch.equal(velocity(tree, run_block), velocity(tree, None))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_blocks_compute_the_same_with_one_graph_for_all_layers() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    tree = small_tree().cuda()
+    torch._dynamo.utils.counters.clear()
+    runner = compiled_block_runner()
+    expected = velocity(tree, None, "cuda")
+    got = velocity(tree, runner, "cuda")
+    assert (got - expected).norm() / expected.norm() < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    half = small_tree().cuda().bfloat16()
+    rounded = velocity(half, compiled_block_runner(), "cuda")
+    assert (rounded - expected).norm() / expected.norm() < 0.02
