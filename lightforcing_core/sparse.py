@@ -124,7 +124,7 @@ class SparseAttention:
                 if sparsity not in self._prepared:
                     self._prepared[sparsity] = self._prepare(view, sparsity)
         if all(prepared is None for prepared in self._prepared.values()):
-            self._sparsity = 0.0  # the policy is dense
+            self._sparsity, self._prepared = 0.0, {0.0: None}  # the policy is dense
 
     def begin_pass(self, step: int | None) -> None:
         self._step = step

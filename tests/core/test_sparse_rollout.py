@@ -1,0 +1,270 @@
+"""Whole rollouts with sparse attention, and how it is asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightforcing.lightforcing_core import backends
+from lightforcing.lightforcing_core.backends import (
+    REFERENCE,
+    AttentionJob,
+    list_backends,
+    resolve_backend,
+)
+from lightforcing.lightforcing_core.errors import UserError
+from lightforcing.lightforcing_core.noise import SeededNoise
+from lightforcing.lightforcing_core.rollout import Chunk, RolloutSettings, rollout
+from lightforcing.lightforcing_core.schedule import (
+    ChunkAwareGrowth,
+    HandDrawn,
+    LinearRamp,
+    UniformSparsity,
+    chunk_sparsity,
+)
+from lightforcing.lightforcing_core.selection import (
+    BlockTopK,
+    Dense,
+    Hierarchical,
+    SlidingWindow,
+)
+from lightforcing.lightforcing_core.sparse_settings import (
+    PassBudgets,
+    SparseSettings,
+    default_block_tokens,
+    make_policy,
+    make_schedule,
+)
+from lightforcing.lightforcing_core.wan.config import WanConfig
+from lightforcing.lightforcing_core.wan.forward import TextContext, prepare_text
+from lightforcing.lightforcing_core.wan.modules import WanModel
+
+SHAPE = (1, 16, 6, 10)  # 15 tokens a frame: blocks of 4 leave a tail of 3
+STEPS = (1000.0, 600.0)
+SPARSE = SparseSettings(ChunkAwareGrowth(0.7, 0.8), Hierarchical(3, 1, 1), 4, 4)
+
+
+@pytest.fixture(scope="module")
+def tree() -> WanModel:
+    torch.manual_seed(0)
+    config = WanConfig(
+        dim=32, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=6, freq_dim=16
+    )
+    tree = WanModel(config).requires_grad_(False)
+    for parameter in tree.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def text(tree: WanModel) -> TextContext:
+    return prepare_text(tree, torch.randn(1, 4, 8))
+
+
+def run(
+    tree: WanModel,
+    text: TextContext,
+    sparse: SparseSettings | None,
+    given: Tensor | None = None,
+    **changes: object,
+) -> list[Chunk]:
+    settings = RolloutSettings(**{"num_frames": 9, "steps": STEPS, "sparse": sparse, **changes})
+    return list(rollout(tree, settings, text, SeededNoise(0, SHAPE), given_latents=given))
+
+
+def difference(a: list[Chunk], b: list[Chunk]) -> list[float]:
+    return [
+        float((x.latents - y.latents).norm() / y.latents.norm()) for x, y in zip(a, b, strict=True)
+    ]
+
+
+GEOMETRIES = {
+    "short last chunk": {"num_frames": 8},
+    "ring with sink": {"num_frames": 17, "window_frames": 7, "sink_frames": 1},
+    "frame by frame": {"num_frames": 5, "frames_per_chunk": 1},
+    "independent first frame": {"num_frames": 7, "independent_first_frame": True},
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_sparsity_zero_is_dense(tree: WanModel, text: TextContext, geometry: dict) -> None:
+    dense = run(tree, text, None, **geometry)
+    zero = run(tree, text, replace(SPARSE, schedule=make_schedule(0.0)), **geometry)
+    assert max(difference(zero, dense)) < 1e-6
+    assert all(c.statistics.density == 1 and c.statistics.sparsity == 0 for c in zero)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_full_lists_are_dense_within_rounding(
+    tree: WanModel, text: TextContext, geometry: dict
+) -> None:
+    dense = run(tree, text, None, **geometry)
+    full = run(tree, text, replace(SPARSE, policy=SlidingWindow(0, 99)), **geometry)
+    errors = difference(full, dense)
+    assert errors[0] == 0 and max(errors) < 1e-4
+    assert all(c.statistics.density == 1 for c in full)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_sparse_chunks_follow_the_schedule(
+    tree: WanModel, text: TextContext, geometry: dict
+) -> None:
+    settings = RolloutSettings(**{"num_frames": 9, "steps": STEPS, "sparse": SPARSE, **geometry})
+    dense, chunks = run(tree, text, None, **geometry), run(tree, text, SPARSE, **geometry)
+    errors = difference(chunks, dense)
+    assert errors[0] == 0
+    timeline = settings.timeline()
+    for chunk, error in zip(chunks, errors, strict=True):
+        s = chunk.statistics
+        assert s.sparsity == chunk_sparsity(SPARSE.schedule, timeline, s.index)
+        blocks = s.kv_frames * 4
+        if s.sparsity:
+            assert s.density == pytest.approx(max(int((1 - s.sparsity) * blocks), 1) / blocks)
+            assert error > 1e-6
+            assert 0 < s.select_seconds + s.attend_seconds < s.seconds
+        else:
+            assert s.density == 1
+    assert any(chunk.statistics.sparsity > 0 for chunk in chunks)
+
+
+def test_a_video_goes_on_after_given_frames(tree: WanModel, text: TextContext) -> None:
+    picture = torch.randn(1, 16, 1, *SHAPE[2:])
+    chunks = run(tree, text, SPARSE, picture, num_frames=6)
+    assert [c.statistics.sparsity > 0 for c in chunks] == [False, True]
+    clip = torch.randn(1, 16, 7, *SHAPE[2:])
+    chunks = run(tree, text, SPARSE, clip, num_frames=6)
+    assert all(0 < c.statistics.density < 1 for c in chunks)
+    assert [c.statistics.kv_frames for c in chunks] == [10, 13]
+
+
+def test_dense_runs_say_so(tree: WanModel, text: TextContext) -> None:
+    for chunk in run(tree, text, None):
+        s = chunk.statistics
+        assert (s.sparsity, s.density, s.select_seconds) == (0, 1, 0)
+        assert s.attend_seconds > 0
+
+
+def test_plan_reuse_changes_the_result_a_little(tree: WanModel, text: TextContext) -> None:
+    dense = run(tree, text, None)
+    once, released = (run(tree, text, replace(SPARSE, plan_steps=p)) for p in ((0,), None))
+    assert difference(once, released)[0] == 0
+    assert 0 < difference(once, released)[2] < 2 * difference(released, dense)[2]
+
+
+def test_settings_are_plain_data() -> None:
+    """They go into a run's JSON, and say there which schedule and policy they are."""
+    data = json.loads(json.dumps(asdict(RolloutSettings(9, sparse=SPARSE))))
+    assert data["sparse"]["schedule"] == {"target": 0.7, "base": 0.8, "kind": "chunk_aware"}
+    assert data["sparse"]["policy"]["kind"] == "hierarchical"
+
+
+def test_defaults_are_the_papers_but_for_the_reuse_of_plans() -> None:
+    settings = SparseSettings()
+    assert settings.schedule == ChunkAwareGrowth(0.88, 0.98)
+    assert settings.policy == Hierarchical(6, 1, 2, False, False)
+    assert settings.budgets.sparsity(0.9, None, 0, 30) == 0.9
+    assert settings.plan_steps == (0,)
+    assert settings.key_block(1536) == settings.query_block(1560) == 64
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block"), [(1560, 64), (512, 64), (511, 32), (128, 16), (6, 16)]
+)
+def test_blocks_shrink_with_the_frame(tokens: int, block: int) -> None:
+    assert default_block_tokens(tokens) == block
+
+
+def test_what_a_command_line_asks_for() -> None:
+    assert make_schedule() == ChunkAwareGrowth(0.88, 0.98)
+    assert make_schedule(0.5) == ChunkAwareGrowth(0.5, 0.6)
+    assert make_schedule(0.95) == ChunkAwareGrowth(0.95, 0.99)
+    assert make_schedule(0.995) == ChunkAwareGrowth(0.995, 0.995)
+    assert make_schedule(0.5, base_sparsity=0.9) == ChunkAwareGrowth(0.5, 0.9)
+    assert make_schedule(0.5, kind="uniform") == UniformSparsity(0.5)
+    assert make_schedule(0.5, base_sparsity=0.9, kind="linear") == LinearRamp(0.5, 0.9)
+    assert make_schedule(kind="hand_drawn", values=[0, 0.5]) == HandDrawn((0, 0.5))
+    assert make_policy() == Hierarchical(6, 1, 2)
+    assert make_policy(keep_frames=3, keep_near=1) == Hierarchical(3, 1, 1)
+    assert make_policy("block_top_k") == BlockTopK()
+    assert make_policy("sliding_window", keep_sink=2, keep_near=4) == SlidingWindow(2, 4)
+    assert make_policy("sliding_window") == SlidingWindow(1, None)
+    assert make_policy("dense") == Dense()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_schedule(1.2), "target sparsity"),
+        (lambda: make_schedule(0.9, base_sparsity=0.8), "must not be below"),
+        (lambda: make_schedule(kind="wavy"), "no schedule 'wavy'"),
+        (lambda: make_policy("best"), "no selection policy 'best'"),
+        (lambda: make_policy("block_top_k", keep_frames=6), "has no keep_frames"),
+        (lambda: make_policy("dense", guarantee_own_block=True), "has no guarantee_own_block"),
+        (lambda: SparseSettings(key_block_tokens=0), "key_block_tokens"),
+        (lambda: SparseSettings(plan_steps=(-1,)), "plan_steps"),
+        (lambda: SparseSettings(backend="cuda"), "no attention backend 'cuda'"),
+        (lambda: PassBudgets(first_step=2.0), "first_step"),
+        (lambda: PassBudgets(last_layers=-1), "last_layers"),
+    ],
+)
+def test_settings_out_of_range_are_refused_in_one_line(make, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def job(**changes: object) -> AttentionJob:
+    values = {
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "head_dim": 128,
+        "query_block_tokens": 64,
+        "key_block_tokens": 64,
+    }
+    return AttentionJob(**{**values, **changes})
+
+
+def test_an_explicit_backend_is_met_or_refused_with_every_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError) as caught:
+        resolve_backend("triton", job(query_block_tokens=24, dtype=torch.float64))
+    for reason in ("no CUDA device", "this run is on cpu", "query blocks", "24", "float64"):
+        assert reason in str(caught.value)
+    assert "key blocks" not in str(caught.value) and "\n" not in str(caught.value)
+    assert resolve_backend("reference", job()) is REFERENCE
+    with pytest.raises(UserError, match="no attention backend"):
+        resolve_backend("fastest", job())
+
+
+def test_a_backend_that_cannot_be_met_stops_a_run_before_its_first_chunk(
+    tree: WanModel, text: TextContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    noise = SeededNoise(0, SHAPE)
+    settings = RolloutSettings(9, sparse=replace(SPARSE, backend="triton"))
+    with pytest.raises(UserError, match="'triton' cannot be used"):
+        next(rollout(tree, settings, text, noise))
+
+
+def test_auto_takes_the_reference_on_a_cpu_and_logs_it_once(
+    tree: WanModel, text: TextContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="lightforcing"):
+        run(tree, text, SPARSE)
+    lines = [r.getMessage() for r in caplog.records if "sparse attention" in r.getMessage()]
+    assert len(lines) == 1 and "reference" in lines[0]
+
+
+def test_backends_are_listed_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    triton, reference = list_backends()
+    assert (reference.available, triton.available) == (True, False)
+    assert "Triton is not installed" in triton.reason
