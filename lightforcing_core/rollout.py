@@ -29,7 +29,7 @@ from .sparse import SparseAttention, sparse_backend
 from .sparse_settings import SparseSettings
 from .stopwatch import Stopwatch
 from .timesteps import SELF_FORCING_STEPS, TRAIN_TIMESTEPS, check_steps
-from .wan.forward import PositionTable, TextContext, position_table, wan_forward
+from .wan.forward import PositionTable, RunBlock, TextContext, position_table, wan_forward
 
 log = logging.getLogger("lightforcing")
 
@@ -167,6 +167,7 @@ class _Denoiser:
         attend: ChunkAttention,
         dtype: torch.dtype,
         should_stop: Callable[[], bool],
+        block_runner: RunBlock | None,
     ) -> None:
         self.tree = tree
         self.text = text
@@ -174,6 +175,7 @@ class _Denoiser:
         self.attend = attend
         self.dtype = dtype
         self.should_stop = should_stop
+        self.block_runner = block_runner
         self.forwards = 0
 
     def positions(self, frames: Sequence[int], latents: Tensor) -> PositionTable:
@@ -195,6 +197,7 @@ class _Denoiser:
             self.text,
             self.attend,
             positions,
+            self.block_runner,
         )
 
     def clean_pass(self, latents: Tensor, timestep: float, frames: Sequence[int]) -> None:
@@ -288,6 +291,7 @@ def rollout(
     given_latents: Tensor | None = None,
     dtype: torch.dtype | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    block_runner: RunBlock | None = None,
 ) -> Iterator[Chunk]:
     """Generate a video chunk by chunk.
 
@@ -301,6 +305,7 @@ def rollout(
             by clean passes and are not yielded.
         dtype: of the forwards and the cache; default: the tree's.
         should_stop: asked before every forward.
+        block_runner: runs the transformer blocks, see `wan_forward`.
 
     Yields:
         Each chunk as soon as its last denoising step is done.
@@ -328,7 +333,7 @@ def rollout(
     )
     spec.check_chunks([*given_lengths, *lengths])
     cache, attend = _attention(settings, spec, device, given_frames)
-    denoiser = _Denoiser(tree, text, cache, attend, dtype, should_stop)
+    denoiser = _Denoiser(tree, text, cache, attend, dtype, should_stop, block_runner)
 
     started = _synchronized_time(device)
     first = 0
