@@ -1,0 +1,1 @@
+"""Measurements: correctness first, all baselines in one run, medians with spread."""

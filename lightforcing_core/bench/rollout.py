@@ -1,0 +1,239 @@
+"""`lightforcing bench rollout`: whole videos at the real shape, dense, sparse and a plain loop.
+
+Weights are random, which changes nothing about speed. Each method makes the same video twice; the
+second run counts. The plain loop is what a careful user would write in plain PyTorch: the same
+mathematics, torch.compile around everything but attention, cuDNN attention over a cache that keys
+and values are copied into, no frame slots, no statistics, no waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..layout import FrameSize, latent_frames
+from ..noise import SeededNoise
+from ..rollout import RolloutSettings, rollout
+from ..sparse_settings import SparseSettings
+from ..timesteps import SELF_FORCING_STEPS, TRAIN_TIMESTEPS
+from ..wan.compiled import compiled_block_runner
+from ..wan.config import WanConfig
+from ..wan.forward import RunBlock, TextContext, position_table, prepare_text, wan_forward
+from ..wan.modules import WanModel
+from .common import device_name, machine_facts
+
+log = logging.getLogger("lightforcing")
+
+
+@dataclass(frozen=True)
+class RolloutCase:
+    """What to measure: pixels, pixel frames, the denoiser's sizes."""
+
+    size: FrameSize
+    frames: int = 81
+    config: WanConfig = field(default_factory=WanConfig)
+    dtype: torch.dtype = torch.bfloat16
+    frames_per_chunk: int = 3
+
+
+SMALL = RolloutCase(
+    FrameSize(64, 48),
+    frames=33,
+    config=WanConfig(dim=128, ffn_dim=256, num_heads=1, num_layers=2, text_dim=32),
+    dtype=torch.float32,
+)
+
+
+def bench_rollout(
+    cases: Sequence[RolloutCase], device: torch.device, sparse: SparseSettings, repeats: int = 3
+) -> dict[str, Any]:
+    """Measure every method on every case.
+
+    Returns:
+        `rows` (one per case, method and chunk, and one with chunk 'all' that has the video's
+        frames per second without decoding), `device`, `versions`.
+    """
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        tree = random_denoiser(case, device)
+        text_dim = case.config.text_dim
+        with torch.no_grad():
+            embeds = torch.randn(1, 64, text_dim, device=device).to(case.dtype)
+            text = prepare_text(tree, embeds)
+        methods = _methods(case, tree, text, device, sparse)
+        for name, run in methods.items():
+            rows += _rows(case, name, run, repeats)
+        del tree, text, methods
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {"device": device_name(device), "versions": machine_facts(device), "rows": rows}
+
+
+def _methods(
+    case: RolloutCase,
+    tree: WanModel,
+    text: TextContext,
+    device: torch.device,
+    sparse: SparseSettings,
+) -> dict[str, Callable[[], list[tuple[float, float]]]]:
+    """What is measured; on the CPU nothing is compiled."""
+    fast = compiled_block_runner() if device.type == "cuda" else None
+
+    def ours(
+        settings: SparseSettings | None, runner: RunBlock | None
+    ) -> Callable[[], list[tuple[float, float]]]:
+        return lambda: _ours(case, tree, text, _settings(case, settings), device, runner)
+
+    methods = {"plain loop": PlainLoop(case, tree, text, device), "dense": ours(None, None)}
+    if fast is not None:
+        methods["dense, compiled"] = ours(None, fast)
+        methods["sparse, compiled"] = ours(sparse, fast)
+    else:
+        methods["sparse"] = ours(sparse, None)
+    return methods
+
+
+def random_denoiser(case: RolloutCase, device: torch.device) -> WanModel:
+    """A denoiser with random weights that keeps numbers in range."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        tree = WanModel(case.config).to(case.dtype)
+    return tree.requires_grad_(False).eval()
+
+
+def _settings(case: RolloutCase, sparse: SparseSettings | None) -> RolloutSettings:
+    return RolloutSettings(
+        latent_frames(case.frames), frames_per_chunk=case.frames_per_chunk, sparse=sparse
+    )
+
+
+def _rows(
+    case: RolloutCase, name: str, run: Callable[[], list[tuple[float, float]]], repeats: int
+) -> list[dict[str, Any]]:
+    run()  # compiles, fills caches
+    samples = [run() for _ in range(repeats)]
+    best = sorted(samples, key=lambda chunks: sum(d + c for d, c in chunks))[len(samples) // 2]
+    facts = {"method": name, "width": case.size.width, "height": case.size.height}
+    rows = [
+        {**facts, "chunk": i, "denoise_ms": round(d * 1e3, 2), "clean_ms": round(c * 1e3, 2)}
+        for i, (d, c) in enumerate(best)
+    ]
+    totals = [sum(d + c for d, c in chunks) for chunks in samples]
+    middle = sorted(totals)[len(totals) // 2]
+    rows.append(
+        {
+            **facts,
+            "chunk": "all",
+            "denoise_ms": round(sum(d for d, _ in best) * 1e3, 2),
+            "clean_ms": round(sum(c for _, c in best) * 1e3, 2),
+            "seconds": round(middle, 4),
+            "seconds_min": round(min(totals), 4),
+            "seconds_max": round(max(totals), 4),
+            "frames_per_second": round(case.frames / middle, 2),
+        }
+    )
+    log.info("%s", rows[-1])
+    return rows
+
+
+def _noise(case: RolloutCase, device: torch.device) -> SeededNoise:
+    shape = (1, case.config.in_dim, case.size.latent_height, case.size.latent_width)
+    return SeededNoise(0, shape, device)
+
+
+def _ours(
+    case: RolloutCase,
+    tree: WanModel,
+    text: TextContext,
+    settings: RolloutSettings,
+    device: torch.device,
+    runner: RunBlock | None,
+) -> list[tuple[float, float]]:
+    """Seconds of (denoising, clean pass) of every chunk."""
+    noise = _noise(case, device)
+    return [
+        (chunk.statistics.denoise_seconds, chunk.statistics.clean_seconds)
+        for chunk in rollout(tree, settings, text, noise, dtype=case.dtype, block_runner=runner)
+    ]
+
+
+class PlainLoop:
+    """The comparison: a compiled dense loop without this project's cache or attention."""
+
+    def __init__(
+        self, case: RolloutCase, tree: WanModel, text: TextContext, device: torch.device
+    ) -> None:
+        self.case, self.tree, self.text, self.device = case, tree, text, device
+        self.runner = compiled_block_runner() if device.type == "cuda" else None
+        self.frames = latent_frames(case.frames)
+        config, tokens = case.config, case.size.frame_tokens
+        shape = (1, self.frames * tokens, config.num_heads, config.head_dim)
+        self.keys, self.values = (
+            [torch.zeros(shape, device=device, dtype=case.dtype) for _ in range(config.num_layers)]
+            for _ in range(2)
+        )
+        self.start = 0
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        end = self.start + k.shape[1]
+        self.keys[layer][:, self.start : end] = k
+        self.values[layer][:, self.start : end] = v
+        past = (t[layer][:, :end].transpose(1, 2) for t in (self.keys, self.values))
+        if self.device.type != "cuda":
+            return F.scaled_dot_product_attention(q.transpose(1, 2), *past).transpose(1, 2)
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
+            return F.scaled_dot_product_attention(q.transpose(1, 2), *past).transpose(1, 2)
+
+    def _forward(self, latents: Tensor, timestep: float, first: int) -> Tensor:
+        frames = range(first, first + latents.shape[2])
+        times = torch.full((1, latents.shape[2]), timestep, device=self.device)
+        positions = position_table(
+            self.tree, frames, latents.shape[3], latents.shape[4], self.device
+        )
+        return wan_forward(
+            self.tree,
+            latents.to(self.case.dtype),
+            times,
+            frames,
+            self.text,
+            self._attend,
+            positions,
+            self.runner,
+        )
+
+    def _wait(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @torch.no_grad()
+    def __call__(self) -> list[tuple[float, float]]:
+        noise = _noise(self.case, self.device)
+        result = []
+        per_chunk, tokens = self.case.frames_per_chunk, self.case.size.frame_tokens
+        clean = 0.0
+        for first in range(0, self.frames, per_chunk):
+            frames = range(first, min(first + per_chunk, self.frames))
+            self.start = first * tokens
+            started = self._wait()
+            latents = noise.initial(frames).float()
+            for step, timestep in enumerate(SELF_FORCING_STEPS):
+                sigma = timestep / TRAIN_TIMESTEPS
+                if step:
+                    fresh = noise.renoise(frames, step).float()
+                    latents = (1 - sigma) * latents + sigma * fresh
+                latents = latents - sigma * self._forward(latents, timestep, first).float()
+            denoised = self._wait()
+            result.append((denoised - started, clean))
+            if first + per_chunk < self.frames:
+                self._forward(latents, 0.0, first)
+                clean = self._wait() - denoised
+        return result
