@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from .backends import list_backends
 from .embedded import EMBEDDED_MODEL, EMBEDDED_TEXT, EMBEDDED_VAE
 from .memory import GIB, available_bytes
 
@@ -78,6 +79,7 @@ def _backends() -> list[Backend]:
     return [
         Backend("attention: torch SDPA on cpu", True, "dense attention, always there"),
         _cuda_attention(),
+        *(Backend(s.name, s.available, s.reason) for s in list_backends()),
         _ffmpeg(),
         _umt5(),
         _embedded(),

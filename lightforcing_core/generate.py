@@ -24,6 +24,7 @@ from .layout import FrameSize, latent_frames
 from .noise import SeededNoise, check_seed
 from .outputs import check_output
 from .rollout import ChunkStatistics, RolloutSettings, rollout
+from .sparse_settings import SparseSettings
 from .text.load import load_text_encoder
 from .timesteps import check_steps
 from .vae.load import load_vae
@@ -46,6 +47,7 @@ class GenerateRequest:
         frames: pixel frames, 4 k + 1, the start image included.
         start_image: picture the video begins with (image to video).
         frames_per_chunk, window_frames, sink_frames: latent frames.
+        sparse: None for dense attention.
         shift: instead of the suggested steps' own; explicit steps are taken as they are.
         context_timestep: noise level of the clean pass, 0..1000.
         family: name of the weights' family (checkpoints.families), which suggests settings.
@@ -68,6 +70,7 @@ class GenerateRequest:
     frames_per_chunk: int | None = None
     window_frames: int | None = None
     sink_frames: int | None = None
+    sparse: SparseSettings | None = None
     start_image: Path | None = None
     vae_latents: str | None = None
     family: str | None = None
@@ -355,6 +358,7 @@ def _settings(request: GenerateRequest, preset: Preset) -> tuple[RolloutSettings
         window_frames=window,
         sink_frames=chosen(request.sink_frames, preset_sink),
         context_timestep=chosen(request.context_timestep, preset.context_timestep),
+        sparse=request.sparse,
     )
     return settings, chosen(request.size, preset_size)
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from .common import AddCommand, StopRequest, add_weights, numbers, say, write_json
+from .sparse import add_sparse_options, sparse_settings
 
 
 def add_commands(command: AddCommand) -> None:
@@ -55,6 +56,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--dense", action="store_true", help="attend to every visible key (the default)"
     )
+    add_sparse_options(sub)
     machine = sub.add_argument_group("machine")
     machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
@@ -89,6 +91,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         frames_per_chunk=arguments.chunk,
         window_frames=arguments.window,
         sink_frames=arguments.sink,
+        sparse=sparse_settings(arguments),
         device=arguments.device,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
     )

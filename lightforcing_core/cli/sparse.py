@@ -1,0 +1,260 @@
+"""`lightforcing schedule`, `bench` and `compile-kernels`, and the options of sparse attention."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import EXIT_FAILED_CHECK, AddCommand, numbers, say, write_json
+
+if TYPE_CHECKING:
+    from ..sparse_settings import SparseSettings
+
+_BENCHES = ("attention", "rollout", "vae")
+
+
+def add_commands(command: AddCommand) -> None:
+    """Register `schedule`, `bench` and `compile-kernels`."""
+    schedule = command("schedule", _schedule, "Print the sparsity of every chunk; --plot draws it.")
+    schedule.add_argument("--frames", type=int, default=21, help="latent frames (default 21)")
+    schedule.add_argument("--chunk", type=int, default=3, help="latent frames per chunk")
+    schedule.add_argument("--window", type=int, default=-1, help="latent frames attention sees")
+    schedule.add_argument(
+        "--target", type=float, help="sparsity of equal cost (default 0.88)", metavar="X"
+    )
+    schedule.add_argument("--base", type=float, help="limit of the growth", metavar="X")
+    add_schedule_kind(schedule)
+    schedule.add_argument("--frame-tokens", type=int, default=1536, help="tokens a latent frame")
+    schedule.add_argument("--block", type=int, default=64, help="tokens a key block")
+    schedule.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curve")
+
+    bench = command("bench", _bench, "Measure attention, whole rollouts or decoding here.")
+    bench.add_argument("what", choices=_BENCHES)
+    bench.add_argument("--csv", type=Path, help="write the table")
+    bench.add_argument("--runs", type=int, help="measurements of each method")
+    bench.add_argument("--device", help="default: cuda where there is one; cpu runs a small size")
+    bench.add_argument("--query-block", type=int, default=128, help="attention only")
+    bench.add_argument("--key-block", type=int, default=64, help="attention only")
+    bench.add_argument(
+        "--frame-tokens", type=int, default=1536, help="attention only; 1560 is 832x480"
+    )
+    bench.add_argument("--target", type=float, default=0.88, metavar="X", help="sparsity")
+    bench.add_argument("--base", type=float, metavar="X", help="limit of the growth")
+    bench.add_argument("--chunks", type=numbers, help="attention only: chunks, from 0")
+
+    compiling = command(
+        "compile-kernels", _compile, "Compile every kernel for GPUs that need not be here."
+    )
+    compiling.add_argument(
+        "--arch", default="80,86,89,90,100,120", help="compute capabilities without the dot"
+    )
+
+
+def add_schedule_kind(group: argparse._ActionsContainer) -> None:
+    """Which curve, and its points."""
+    group.add_argument(
+        "--schedule",
+        default="chunk_aware",
+        choices=("chunk_aware", "uniform", "linear", "hand_drawn"),
+        help="curve of the sparsity over chunks (default: chunk_aware, the paper's)",
+    )
+    group.add_argument(
+        "--schedule-values", type=numbers, default=(), metavar="S,S,...", help="of a hand-drawn one"
+    )
+
+
+def add_sparse_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `generate` that make attention sparse."""
+    group = parser.add_argument_group("sparse attention (off unless --sparsity is given)")
+    group.add_argument(
+        "--sparsity", type=float, metavar="X", help="share of attention to skip, 0 to 0.99"
+    )
+    group.add_argument(
+        "--base-sparsity", type=float, metavar="X", help="limit it grows to (default: 0.10 above)"
+    )
+    add_schedule_kind(group)
+    group.add_argument(
+        "--policy",
+        default="hierarchical",
+        choices=("hierarchical", "block_top_k", "sliding_window", "dense"),
+        help="which blocks are kept (default: hierarchical, the paper's)",
+    )
+    group.add_argument("--keep-frames", type=int, help="past frames to choose blocks from")
+    group.add_argument("--keep-sink", type=int, help="of them the first ones")
+    group.add_argument("--keep-near", type=int, help="of them the latest ones")
+    group.add_argument(
+        "--guarantee-sink", action="store_true", help="keep all blocks of the sink frames"
+    )
+    group.add_argument(
+        "--guarantee-own-block", action="store_true", help="each query block keeps its own place"
+    )
+    group.add_argument("--query-block", type=int, help="tokens of a query block (default: 64)")
+    group.add_argument("--key-block", type=int, help="tokens of a key block (default: 64)")
+    group.add_argument(
+        "--plan",
+        choices=("chunk", "pass"),
+        default="chunk",
+        help="choose blocks once a chunk, or anew in every pass as released",
+    )
+    group.add_argument(
+        "--backend", default="auto", choices=("auto", "triton", "reference"), help="who computes"
+    )
+
+
+def sparse_settings(arguments: argparse.Namespace) -> SparseSettings | None:
+    """What the options of `add_sparse_options` ask for; None is dense."""
+    from ..errors import UserError
+    from ..sparse_settings import SparseSettings, make_policy, make_schedule
+
+    if arguments.sparsity is None and not arguments.schedule_values:
+        changed = [
+            name
+            for name in ("base_sparsity", "keep_frames", "keep_sink", "keep_near", "query_block")
+            if getattr(arguments, name) is not None
+        ]
+        if changed and not arguments.dense:
+            option = changed[0].replace("_", "-")
+            raise UserError(f"--{option} has no meaning without --sparsity; give both or neither")
+        return None
+    if arguments.dense:
+        raise UserError("--dense and --sparsity contradict each other; give one of them")
+    return SparseSettings(
+        schedule=make_schedule(
+            arguments.sparsity,
+            base_sparsity=arguments.base_sparsity,
+            kind="hand_drawn" if arguments.schedule_values else arguments.schedule,
+            values=arguments.schedule_values,
+        ),
+        policy=make_policy(
+            arguments.policy,
+            keep_frames=arguments.keep_frames,
+            keep_sink=arguments.keep_sink,
+            keep_near=arguments.keep_near,
+            guarantee_sink=arguments.guarantee_sink,
+            guarantee_own_block=arguments.guarantee_own_block,
+        ),
+        query_block_tokens=arguments.query_block,
+        key_block_tokens=arguments.key_block,
+        plan_steps=None if arguments.plan == "pass" else (0,),
+        backend=arguments.backend,
+    )
+
+
+def _schedule(arguments: argparse.Namespace) -> int:
+    from ..schedule import schedule_report
+    from ..schedule_plot import plot_schedule
+    from ..sparse_settings import make_schedule
+
+    schedule = make_schedule(
+        arguments.target,
+        base_sparsity=arguments.base,
+        kind="hand_drawn" if arguments.schedule_values else arguments.schedule,
+        values=arguments.schedule_values,
+    )
+    report = schedule_report(
+        schedule,
+        frames=arguments.frames,
+        frames_per_chunk=arguments.chunk,
+        window_frames=arguments.window,
+        frame_tokens=arguments.frame_tokens,
+        block_tokens=arguments.block,
+    )
+    write_json(arguments.json, report)
+    if arguments.plot is not None:
+        plot_schedule(report, arguments.plot)
+    say("chunk  frames  sees  sparsity  kept of key blocks")
+    columns = ("chunk_frames", "visible_frames", "sparsities", "kept_blocks", "key_blocks")
+    for i, (own, sees, sparsity, kept, of) in enumerate(
+        zip(*(report[name] for name in columns), strict=True), start=1
+    ):
+        say(f"{i:>5}  {own:>6}  {sees:>4}  {sparsity:>8.4f}  {kept:>6} of {of}")
+    after = report["density_after_anchors"]
+    say(f"density {report['density']:.4f}, after the dense chunks {after:.4f}")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from ..bench.common import write_csv
+
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    run = {"attention": _bench_attention, "rollout": _bench_rollout, "vae": _bench_vae}
+    result = run[arguments.what](arguments, device)
+    write_json(arguments.json, result)
+    if arguments.csv is not None:
+        write_csv(arguments.csv, result["rows"], {"device": result["device"], **result["versions"]})
+    say(f"{result['device']}; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()))
+    for row in result["rows"]:
+        say("  ".join(f"{key} {value}" for key, value in row.items()))
+    failed = result.get("failed", [])
+    if failed:
+        say(f"wrong: {', '.join(failed)}")
+    return EXIT_FAILED_CHECK if failed else 0
+
+
+def _bench_attention(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
+    from dataclasses import replace
+
+    from ..bench.attention import SMALL, AttentionCase, bench_attention
+    from ..schedule import default_base
+
+    case = SMALL
+    if device.type == "cuda":
+        case = AttentionCase(
+            frame_tokens=arguments.frame_tokens,
+            query_block=arguments.query_block,
+            key_block=arguments.key_block,
+        )
+    base = default_base(arguments.target) if arguments.base is None else arguments.base
+    case = replace(case, target=arguments.target, base=base)
+    if arguments.chunks:
+        case = replace(case, chunks=tuple(int(chunk) for chunk in arguments.chunks))
+    return bench_attention(case, device, arguments.runs or 30)
+
+
+def _bench_rollout(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
+    from ..bench.rollout import SMALL, RolloutCase, bench_rollout
+    from ..layout import FrameSize
+    from ..sparse_settings import SparseSettings, make_schedule
+
+    sizes = (FrameSize(832, 480), FrameSize(768, 512))
+    cases = [RolloutCase(size) for size in sizes] if device.type == "cuda" else [SMALL]
+    schedule = make_schedule(arguments.target, base_sparsity=arguments.base)
+    return bench_rollout(cases, device, SparseSettings(schedule=schedule), arguments.runs or 3)
+
+
+def _bench_vae(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
+    from ..bench.vae import SMALL, VAECase, bench_vae
+    from ..layout import FrameSize
+
+    small = device.type != "cuda"
+    sizes = (FrameSize(832, 480), FrameSize(768, 512))
+    cases = [SMALL] if small else [VAECase(size) for size in sizes]
+    return bench_vae(cases, device, small=small, repeats=arguments.runs or 5)
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    from ..errors import UserError
+    from ..kernel_report import compile_report
+
+    try:
+        archs = [int(part) for part in arguments.arch.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--arch takes compute capabilities such as 86,89,120, got '{arguments.arch}'"
+        ) from error
+    report = compile_report(archs)
+    write_json(arguments.json, report)
+    for row in report["kernels"]:
+        mark = "ok  " if row["ok"] else "FAIL"
+        say(
+            f"{mark} sm_{row['arch']:<4} {row['name']:<48} shared {row['shared_bytes']:>7}  "
+            f"registers {row['registers']:>3}  spills {row['spill_bytes']}"
+        )
+    wrong = sum(not row["ok"] for row in report["kernels"])
+    say(f"{len(report['kernels']) - wrong} of {len(report['kernels'])} kernels, triton "
+        f"{report['triton']}")  # fmt: skip
+    return EXIT_FAILED_CHECK if wrong else 0
