@@ -1,0 +1,211 @@
+"""Compiles every shipped kernel for GPUs that need not be there, and reads the assembler's report.
+
+Each kernel is compiled from the same `Launch` that would run it, with tensors on the meta device,
+so types, constants and divisibility hints are those of real launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import multiprocessing
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .configs import ARCHS, BLOCK_SIZES, HEAD_DIMS, SHARED_BYTES, attention_config
+from .grid import BlockGrid
+from .launch import Launch, is_interpreted
+from .triton_attention import plan_attention
+from .triton_pooling import plan_pooling
+from .triton_selection import plan_scores, plan_selection
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+}
+_HEADS, _SEGMENTS, _TOP_K = 12, 21, 51
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What one kernel in one configuration needs on one architecture.
+
+    Attributes:
+        name: the kernel and its configuration.
+        arch: compute capability, 90 for 9.0.
+        shared_bytes, registers: of one program, of one thread.
+        spill_bytes: stores and loads of spilled registers, as ptxas reports them.
+        ok: it compiled, within the architecture's shared memory, and nothing spills.
+        error: why it did not compile, else empty.
+    """
+
+    name: str
+    arch: int
+    shared_bytes: int
+    registers: int
+    spill_bytes: int
+    ok: bool
+    error: str = ""
+
+
+def compile_all(archs: Sequence[int] = ARCHS, *, processes: int = 2) -> list[CompiledKernel]:
+    """Compile all that is shipped for these architectures.
+
+    Args:
+        archs: compute capabilities out of `configs.ARCHS`.
+        processes: to share the work; 1 stays in this process.
+
+    Raises:
+        ValueError: an architecture for which nothing is shipped.
+        RuntimeError: Triton's interpreter is on (TRITON_INTERPRET=1).
+    """
+    if unknown := set(archs) - set(ARCHS):
+        raise ValueError(f"kernels are shipped for {ARCHS}, not for {sorted(unknown)}")
+    if is_interpreted():
+        raise RuntimeError("TRITON_INTERPRET is set: the interpreter replaces the compiler")
+    work = [(arch, name) for arch in archs for name in launches(arch)]
+    if processes == 1:
+        return [_compile_one(item) for item in work]
+    # Spawned, not forked: torch's threads do not survive a fork.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return pool.map(_compile_one, work, chunksize=8)
+
+
+def launches(arch: int) -> dict[str, Callable[[], Launch]]:
+    """Every kernel and configuration shipped for an architecture, by name."""
+    found: dict[str, Callable[[], Launch]] = {}
+    for name, plan in (*_attention_launches(arch), *_small_launches()):
+        found.setdefault(name, plan)
+    return found
+
+
+def compile_launch(launch: Launch, arch: int) -> tuple[Any, str]:
+    """Triton's compiled kernel for an architecture, and the log of ptxas."""
+    log = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        # A kernel from the cache would come without the log.
+        stack.enter_context(triton.knobs.cache.scope())
+        triton.knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(triton.knobs.nvidia.scope())
+        triton.knobs.nvidia.dump_ptxas_log = True
+        stack.enter_context(contextlib.redirect_stdout(log))
+        target = GPUTarget("cuda", arch, 32)
+        compiled = triton.compile(_source(launch), target=target, options=launch.compile_options)
+    return compiled, log.getvalue()
+
+
+def _compile_one(item: tuple[int, str]) -> CompiledKernel:
+    arch, name = item
+    try:
+        compiled, log = compile_launch(launches(arch)[name](), arch)
+    except Exception as error:  # noqa: BLE001  a compiler may fail in any way; the row says how
+        return CompiledKernel(name, arch, 0, 0, 0, False, f"{type(error).__name__}: {error}")
+    shared = compiled.metadata.shared
+    registers = _most(r"Used (\d+) registers", log)
+    spill = _most(r"(\d+) bytes spill stores", log) + _most(r"(\d+) bytes spill loads", log)
+    fits = shared <= SHARED_BYTES[arch] and not spill
+    return CompiledKernel(name, arch, shared, registers, spill, fits)
+
+
+def _most(pattern: str, log: str) -> int:
+    return max(map(int, re.findall(pattern, log)))
+
+
+def _source(launch: Launch) -> ASTSource:
+    """What Triton's launcher would compile for this launch."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    hints: dict[tuple[int], list] = {}
+    for i, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        is_aligned = False
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            shape = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>"
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            is_aligned = not parameter.do_not_specialize_on_alignment
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[name], constants[(i,)] = "constexpr", 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            is_aligned = not parameter.do_not_specialize and value % 16 == 0
+        if is_aligned:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, hints)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _attention_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
+    def plan(head_dim: int, q_block: int, kv_block: int, segment: int, config: Any) -> Launch:
+        q_grid, kv_grid = BlockGrid(segment, q_block), BlockGrid(segment, kv_block)
+        q = _meta(1, 3 * segment, _HEADS, head_dim)
+        k = _meta(1, _SEGMENTS * kv_grid.slot_tokens, _HEADS, head_dim)
+        rows = 1, _HEADS, 3 * q_grid.blocks_per_segment
+        ids, counts = _meta(*rows, _TOP_K, dtype=torch.int32), _meta(*rows, dtype=torch.int32)
+        return plan_attention(q, k, k, ids, counts, q_grid, kv_grid, 0.1, q, config)
+
+    for head_dim, (q_block, kv_block) in itertools.product(HEAD_DIMS, BLOCK_SIZES):
+        for allow_tma in (True, False):
+            config = attention_config(arch, head_dim, q_block, kv_block, allow_tma=allow_tma)
+            # Small blocks have one variant, which masks short blocks.
+            variants = [(1564, "ragged")]
+            if min(q_block, kv_block) >= 64:
+                variants.append((1536, "whole"))
+            for segment, blocks in variants:
+                name = (
+                    f"attention d{head_dim} q{q_block} k{kv_block} {blocks}: "
+                    f"{config.tile_m}x{config.tile_n} w{config.num_warps} "
+                    f"s{config.num_stages} {'tma' if config.use_tma else 'pointers'}"
+                )
+                arguments = head_dim, q_block, kv_block, segment, config
+                yield name, lambda arguments=arguments: plan(*arguments)
+
+
+def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
+    def pooling(head_dim: int, block: int) -> Launch:
+        grid = BlockGrid(1560, block)
+        x = _meta(1, 3 * grid.slot_tokens, _HEADS, head_dim)
+        out = _meta(1, _HEADS, 3 * grid.blocks_per_segment, head_dim, dtype=torch.float32)
+        return plan_pooling(x, out, grid, True)
+
+    def scores(head_dim: int) -> Launch:
+        q, k = (_meta(1, _HEADS, n, head_dim, dtype=torch.float32) for n in (75, 525))
+        return plan_scores(q, k, _meta(1, _HEADS, 75, 525, dtype=torch.float32))
+
+    def selection(segments: int, blocks: int, has_own: bool) -> Launch:
+        num_k = segments * blocks
+        roles, ids = _meta(segments, dtype=torch.int32), _meta(75, dtype=torch.int32)
+        lists = _meta(1, _HEADS, 75, _TOP_K, dtype=torch.int32)
+        all_scores = _meta(1, _HEADS, 75, num_k, dtype=torch.float32)
+        own = ids if has_own else None
+        return plan_selection(all_scores, roles, lists, lists[..., 0], blocks, 3, own)
+
+    for head_dim, block in itertools.product(HEAD_DIMS, (16, 32, 64, 128)):
+        yield f"pooling d{head_dim} b{block}", lambda d=head_dim, b=block: pooling(d, b)
+    yield "scores", lambda: scores(128)
+    # Two block sizes of a common cache, a longer cache, and the largest tiles.
+    yield "selection 21x25", lambda: selection(21, 25, False)
+    for shape in ((21, 13), (21, 25), (120, 25), (328, 25), (8192, 1)):
+        name = f"selection {shape[0]}x{shape[1]} own"
+        yield name, lambda shape=shape: selection(*shape, True)

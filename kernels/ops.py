@@ -1,0 +1,7 @@
+"""The Triton implementations, each with the signature of its twin in `reference`. Needs Triton."""
+
+from .triton_attention import block_sparse_attention_triton
+from .triton_pooling import pool_blocks_triton
+from .triton_selection import select_blocks_triton
+
+__all__ = ["block_sparse_attention_triton", "pool_blocks_triton", "select_blocks_triton"]

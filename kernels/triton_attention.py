@@ -1,0 +1,322 @@
+"""Block-sparse attention forward over index lists, in Triton.
+
+One program computes BLOCK_M query rows of one head: it walks the list of its query block, BLOCK_N
+keys a step, with an online softmax. Programs of one head follow each other, so that the head's
+keys stay in L2. A query block or a key block may be larger than its tile; then several programs
+share a list, or several steps share an id.
+
+Precision: products of the inputs' type with float32 sums, softmax in float32 base 2, weights
+rounded to the inputs' type before they meet the values. Only the last block of a slot is short:
+its missing keys get a score of -inf and its missing values are read as zeros, so what lies in the
+padding rows never matters. Every block has at least one valid key in its first tile, so the
+running maximum is finite from the first step on.
+
+Lengths, counts and list widths are runtime values that are not specialised: a growing cache
+never compiles anything again.
+
+Reference: `reference.block_sparse_attention`; FlashAttention-2 (arXiv 2307.08691) for the loop.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .checks import check_attention
+from .configs import BLOCK_SIZES, HEAD_DIMS, AttentionConfig, attention_config
+from .grid import BlockGrid
+from .launch import Launch, check_tensors, compute_capability, is_interpreted, strides
+
+_RUNTIME = ["num_heads", "num_rows", "q_segment_tokens", "q_blocks_per_segment"]
+_RUNTIME += ["kv_blocks_per_slot", "tail_tokens", "width"]
+
+
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=["kv_indices", "kv_counts"])
+def block_sparse_attention_kernel(
+    q,  # pointer, or descriptor [segments, tokens, H * D] with USE_TMA
+    k,  # pointer, or descriptor [slots, tokens, H * D] with USE_TMA
+    v,
+    out,  # like q
+    kv_indices,  # [B, H, NQ, width]
+    kv_counts,  # [B, H, NQ]
+    q_stride_b,  # with USE_TMA the batch strides count segments and slots
+    q_stride_s,
+    q_stride_h,
+    k_stride_b,
+    k_stride_s,
+    k_stride_h,
+    v_stride_b,
+    v_stride_s,
+    v_stride_h,
+    out_stride_b,
+    out_stride_s,
+    out_stride_h,
+    num_heads,
+    num_rows,
+    q_segment_tokens,
+    q_blocks_per_segment,
+    kv_blocks_per_slot,
+    tail_tokens,
+    width,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    Q_BLOCK: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """BLOCK_M query rows of one head against the key blocks in their list."""
+    tl.static_assert(Q_BLOCK % BLOCK_M == 0)
+    tl.static_assert(KV_BLOCK % BLOCK_N == 0)
+    Q_PARTS: tl.constexpr = Q_BLOCK // BLOCK_M
+    KV_PARTS: tl.constexpr = KV_BLOCK // BLOCK_N
+    program = tl.program_id(0)
+    part = program % Q_PARTS
+    list_row = program // Q_PARTS
+    q_block = list_row % num_rows
+    head = (list_row // num_rows) % num_heads
+    batch = (list_row // num_rows) // num_heads
+
+    segment = q_block // q_blocks_per_segment
+    segment_row = (q_block % q_blocks_per_segment) * Q_BLOCK + part * BLOCK_M
+    columns = tl.arange(0, BLOCK_N)
+    if USE_TMA:
+        # The descriptor ends each segment at its last token: loads give zeros there, stores skip.
+        at_head = head * HEAD_DIM
+        b_q = q.load([batch * q_stride_b + segment, segment_row, at_head])
+        b_q = b_q.reshape(BLOCK_M, HEAD_DIM)
+    else:
+        first_row = (segment * q_segment_tokens + segment_row).to(tl.int64)
+        tile_rows = tl.arange(0, BLOCK_M)[:, None]
+        dims = tl.arange(0, HEAD_DIM)
+        row_mask = tile_rows < q_segment_tokens - segment_row
+        q += batch.to(tl.int64) * q_stride_b + first_row * q_stride_s + head * q_stride_h
+        b_q = tl.load(q + tile_rows * q_stride_s + dims[None, :], mask=row_mask, other=0.0)
+        k += batch.to(tl.int64) * k_stride_b + head * k_stride_h
+        v += batch.to(tl.int64) * v_stride_b + head * v_stride_h
+        k_offsets = columns[None, :] * k_stride_s + dims[:, None]  # [D, BLOCK_N]
+        v_offsets = columns[:, None] * v_stride_s + dims[None, :]  # [BLOCK_N, D]
+
+    kv_indices += list_row.to(tl.int64) * width
+    count = width
+    if HAS_COUNTS:
+        count = tl.load(kv_counts + list_row)
+    # Parts of a short query block that hold no row at all have nothing to do.
+    count = tl.where(segment_row < q_segment_tokens, count, 0)
+
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    # Read one step ahead: a tile's address must not wait for its id, or the pipeline stays shallow.
+    next_block = tl.load(kv_indices, mask=count > 0, other=0)
+    for step in tl.range(0, count * KV_PARTS):
+        block = next_block
+        next_step = tl.minimum(step + 1, count * KV_PARTS - 1)
+        next_block = tl.load(kv_indices + next_step // KV_PARTS)
+        part_token = (step % KV_PARTS) * BLOCK_N
+        if HAS_TAIL:
+            slot = block // kv_blocks_per_slot
+            slot_block = block - slot * kv_blocks_per_slot
+            valid = tl.where(slot_block == kv_blocks_per_slot - 1, tail_tokens, KV_BLOCK)
+            valid -= part_token
+
+        if USE_TMA:
+            # With a tail the descriptor ends each slot at its last valid token, else a batch is
+            # one slot.
+            if HAS_TAIL:
+                at_token = slot_block * KV_BLOCK + part_token
+            else:
+                slot = 0
+                at_token = block * KV_BLOCK + part_token
+            b_k = k.load([batch * k_stride_b + slot, at_token, at_head])
+            b_k = b_k.reshape(BLOCK_N, HEAD_DIM).trans()
+        else:
+            token = block.to(tl.int64) * KV_BLOCK + part_token
+            b_k = tl.load(k + token * k_stride_s + k_offsets)
+        scores = tl.dot(b_q, b_k, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if HAS_TAIL:
+            scores = tl.where((columns < valid)[None, :], scores, float("-inf"))
+
+        new_max = tl.maximum(running_max, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_max[:, None])
+        decay = tl.exp2(running_max - new_max)
+        running_sum = running_sum * decay + tl.sum(weights, 1)
+        running_max = new_max
+        accumulator *= decay[:, None]
+
+        if USE_TMA:
+            b_v = v.load([batch * v_stride_b + slot, at_token, at_head])
+            b_v = b_v.reshape(BLOCK_N, HEAD_DIM)
+        elif HAS_TAIL:
+            # Zero, not only masked: a padding row's NaN times a weight of 0 is NaN.
+            value_mask = (columns < valid)[:, None]
+            b_v = tl.load(v + token * v_stride_s + v_offsets, mask=value_mask, other=0.0)
+        else:
+            b_v = tl.load(v + token * v_stride_s + v_offsets)
+        accumulator = tl.dot(weights.to(b_v.dtype), b_v, accumulator, input_precision="ieee")
+
+    # An empty list leaves a sum of 0; its rows are zeros.
+    running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)
+    result = (accumulator / running_sum[:, None]).to(b_q.dtype)
+    if USE_TMA:
+        out.store([batch * out_stride_b + segment, segment_row, at_head], result[None, :, :])
+    else:
+        out += batch.to(tl.int64) * out_stride_b + first_row * out_stride_s + head * out_stride_h
+        tl.store(out + tile_rows * out_stride_s + dims[None, :], result, mask=row_mask)
+
+
+def block_sparse_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    kv_counts: Tensor | None,
+    *,
+    q_grid: BlockGrid,
+    kv_grid: BlockGrid,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    config: AttentionConfig | None = None,
+) -> Tensor:
+    """`reference.block_sparse_attention` in one launch; see there for the arguments.
+
+    Args:
+        config: tiles and pipeline; default: this device's tuned entry of `configs`. One with
+            `use_tma` demands strides that a tensor descriptor can express; the default falls back
+            to pointers where they cannot.
+
+    Raises:
+        ValueError: shapes, types or strides that the kernel cannot do, with what it can.
+    """
+    check_attention(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, out)
+    out = torch.empty_like(q) if out is None else out
+    check_tensors({"q": q, "k": k, "v": v, "out": out}, HEAD_DIMS)
+    for name, x in (("kv_indices", kv_indices), ("kv_counts", kv_counts)):
+        if x is not None and (x.dtype != torch.int32 or x.device != q.device):
+            raise ValueError(f"{name} must be int32 on {q.device}, got {x.dtype} on {x.device}")
+    head_dim = q.shape[3]
+    scale = head_dim**-0.5 if scale is None else scale
+    if q.dtype == torch.float32 and not is_interpreted():
+        raise ValueError("the Triton kernel needs bfloat16 or float16 on a GPU, got float32")
+    if not scale > 0:
+        raise ValueError(f"the Triton kernel needs a scale above 0, got {scale}")
+    blocks = q_grid.block_tokens, kv_grid.block_tokens
+    if blocks not in BLOCK_SIZES:
+        raise ValueError(
+            f"the Triton kernel does query and key blocks of {BLOCK_SIZES} tokens, got {blocks}"
+        )
+    if not q.numel():
+        return out
+    has_tail = _masks_tails(q_grid, kv_grid)
+    obstacle = (
+        _tma_obstacle("q", q, q_grid.segment_tokens)
+        or _tma_obstacle("k", k, kv_grid.slot_tokens if has_tail else 1)
+        or _tma_obstacle("v", v, kv_grid.slot_tokens if has_tail else 1)
+        or _tma_obstacle("out", out, q_grid.segment_tokens)
+    )
+    if config is None:
+        config = attention_config(
+            compute_capability(q.device),
+            head_dim,
+            q_grid.block_tokens,
+            kv_grid.block_tokens,
+            allow_tma=obstacle is None,
+        )
+    elif config.use_tma and obstacle:
+        raise ValueError(f"a configuration with use_tma cannot be met: {obstacle}")
+
+    plan_attention(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, scale, out, config).run()
+    return out
+
+
+def plan_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    kv_counts: Tensor | None,
+    q_grid: BlockGrid,
+    kv_grid: BlockGrid,
+    scale: float,
+    out: Tensor,
+    config: AttentionConfig,
+) -> Launch:
+    """The launch for arguments that have been checked."""
+    batch, _, heads, head_dim = q.shape
+    has_tail = _masks_tails(q_grid, kv_grid)
+    operands: dict[str, Tensor | TensorDescriptor] = {"q": q, "k": k, "v": v, "out": out}
+    all_strides = {}
+    for name, x in operands.items():
+        all_strides |= strides(name, x, "bsh")
+        if config.use_tma:
+            if name in ("q", "out"):
+                pitch, valid, tile = q_grid.segment_tokens, q_grid.segment_tokens, config.tile_m
+            elif has_tail:
+                pitch, valid, tile = kv_grid.slot_tokens, kv_grid.segment_tokens, config.tile_n
+            else:
+                pitch, valid, tile = x.stride(0) // x.stride(1), x.shape[1], config.tile_n
+            all_strides[f"{name}_stride_b"] //= pitch * x.stride(1)
+            operands[name] = _descriptor(x, pitch, valid, tile)
+    num_rows, width = kv_indices.shape[2:]
+    programs = batch * heads * num_rows * (q_grid.block_tokens // config.tile_m)
+    arguments = {
+        **operands,
+        "kv_indices": kv_indices.contiguous(),
+        "kv_counts": kv_indices if kv_counts is None else kv_counts.contiguous(),
+        **all_strides,
+        "num_heads": heads,
+        "num_rows": num_rows,
+        "q_segment_tokens": q_grid.segment_tokens,
+        "q_blocks_per_segment": q_grid.blocks_per_segment,
+        "kv_blocks_per_slot": kv_grid.blocks_per_segment,
+        "tail_tokens": kv_grid.tail_tokens,
+        "width": width,
+        "scale_log2": scale * math.log2(math.e),
+        "HEAD_DIM": head_dim,
+        "Q_BLOCK": q_grid.block_tokens,
+        "KV_BLOCK": kv_grid.block_tokens,
+        "BLOCK_M": config.tile_m,
+        "BLOCK_N": config.tile_n,
+        "HAS_TAIL": has_tail,
+        "HAS_COUNTS": kv_counts is not None,
+        "USE_TMA": config.use_tma,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return Launch(block_sparse_attention_kernel, (programs,), arguments, options)
+
+
+def _masks_tails(q_grid: BlockGrid, kv_grid: BlockGrid) -> bool:
+    """Whether the kernel looks for short blocks; small ones have no variant that does not."""
+    is_small = min(q_grid.block_tokens, kv_grid.block_tokens) < 64
+    return is_small or kv_grid.tail_tokens != kv_grid.block_tokens
+
+
+def _tma_obstacle(name: str, x: Tensor, pitch: int) -> str | None:
+    """Why x [B, S, H, D] cannot be a descriptor of units `pitch` rows apart; None: it can."""
+    batch, _, heads, head_dim = x.shape
+    stride_b, stride_s, stride_h, _ = x.stride()
+    if heads > 1 and stride_h != head_dim:
+        return f"the heads of a token of {name} must lie side by side, got strides {x.stride()}"
+    if any(n % 16 for n in (x.data_ptr(), stride_s * x.itemsize)):
+        return f"{name} needs an address and rows of whole 16 bytes, got strides {x.stride()}"
+    if batch > 1 and stride_b % (stride_s * pitch):
+        return f"batches of {name} must be a multiple of {pitch} rows apart, got {x.stride()}"
+    return None
+
+
+def _descriptor(x: Tensor, pitch: int, valid: int, tile: int) -> TensorDescriptor:
+    """x [B, S, H, D] as [units, valid rows, H * D], a unit beginning every `pitch` rows."""
+    batch, rows, heads, head_dim = x.shape
+    stride_b, stride_s = x.stride()[:2]
+    units = max(1, rows // pitch) + (batch - 1) * (stride_b // (stride_s * pitch))
+    return TensorDescriptor(
+        x, [units, valid, heads * head_dim], [stride_s * pitch, stride_s, 1], [1, tile, head_dim]
+    )
