@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Protocol
 
 from .errors import UserError
@@ -47,8 +47,15 @@ class Timeline:
     chunk_frames: tuple[int, ...]
     given_frames: int = 0
     window_frames: int = -1
+    # A plan may have a hundred thousand chunks, and each of them asks.
+    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _betas: dict[tuple[float, float], float] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
+        ends = accumulate(self.chunk_frames, initial=self.given_frames)
+        object.__setattr__(self, "_ends", tuple(ends)[1:])
         if not self.chunk_frames or min(self.chunk_frames) < 1 or self.given_frames < 0:
             raise UserError(
                 "a timeline needs at least one chunk of at least 1 latent frame and no negative "
@@ -71,9 +78,9 @@ class Timeline:
 
     def end_frame(self, chunk: int) -> int:
         """Frames of the video up to and including a chunk, given ones counted."""
-        beyond = max(chunk + 1 - self.num_chunks, 0)
-        planned = sum(self.chunk_frames[: chunk + 1])
-        return self.given_frames + planned + beyond * max(self.chunk_frames)
+        if chunk < self.num_chunks:
+            return self._ends[chunk]
+        return self._ends[-1] + (chunk + 1 - self.num_chunks) * max(self.chunk_frames)
 
     def visible_frames(self, chunk: int) -> int:
         """Frames that a chunk's attention sees, its own included."""
@@ -142,10 +149,13 @@ class ChunkAwareGrowth:
 
     def beta(self, timeline: Timeline) -> float:
         """Strength of the growth, in square roots of frames."""
-        return _beta(self.target, self.base, timeline)
+        known = timeline._betas
+        key = (self.target, self.base)
+        if key not in known:
+            known[key] = _beta(self.target, self.base, timeline)
+        return known[key]
 
 
-@lru_cache(maxsize=64)
 def _beta(target: float, base: float, timeline: Timeline) -> float:
     planned = [i for i in range(timeline.num_chunks) if not timeline.is_anchor(i)]
     # A plan of anchors alone says nothing about beta; then the first chunk past it decides.

@@ -146,6 +146,12 @@ def test_a_plan_of_one_chunk_still_grows() -> None:
     assert chunk_sparsity(schedule, Timeline((3,)), 2) > 0.88
 
 
+def test_a_plan_of_days_is_a_matter_of_a_second() -> None:
+    report = schedule_report(PRESETS["long"], frames=300_000, frames_per_chunk=3, window_frames=12)
+    assert len(report["sparsities"]) == 100_000
+    assert report["density_after_anchors"] == pytest.approx(0.15, abs=0.01)
+
+
 def test_a_shorter_last_chunk_weighs_less() -> None:
     whole = schedule_report(PRESETS["short"], frames=21, frames_per_chunk=3)
     short = schedule_report(PRESETS["short"], frames=20, frames_per_chunk=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,18 @@ def test_hierarchical_attention_is_its_definition(geometry: dict, blocks: tuple[
             if chunk:
                 expected = by_definition(video, q[0], frames, None)
                 assert torch.allclose(out[0].double(), expected, atol=1e-5)
+
+
+def test_frames_of_832x480_are_exact() -> None:
+    """1560 tokens: 24 blocks of 64 and one of 24."""
+    blocks = {"query_block_tokens": 64, "key_block_tokens": 64}
+    video = Video(sparse(Hierarchical(1, 0, 1), 0.75, **blocks), (1, 1, 1), tokens=1560)
+    for chunk, frames in video.chunks():
+        q, out = video.forward(frames, 0)
+        if chunk:
+            expected = by_definition(video, q[0], frames, None)
+            assert torch.allclose(out[0].double(), expected, atol=1e-5)
+            assert video.attend.plans[0][0].shape == (1, HEADS, 25, (12, 18)[chunk - 1])
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
@@ -354,6 +367,16 @@ def test_density_is_the_mean_over_layers_and_passes() -> None:
             assert (statistics.sparsity, statistics.density) == (0, 1)
             assert statistics.select_seconds == 0
         assert statistics.attend_seconds > 0
+
+
+def test_a_dense_chunk_has_no_plans() -> None:
+    settings = replace(sparse(Hierarchical()), schedule=HandDrawn((0, 0.5, 0)))
+    video = Video(settings, (2, 2, 2))
+    planned = []
+    for _, frames in video.chunks():
+        video.forward(frames, 0)
+        planned.append(bool(video.attend.plans))
+    assert planned == [False, True, False]
 
 
 class NoReadback(TorchDispatchMode):

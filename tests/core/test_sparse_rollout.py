@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -268,3 +271,43 @@ def test_backends_are_listed_with_reasons(monkeypatch: pytest.MonkeyPatch) -> No
     triton, reference = list_backends()
     assert (reference.available, triton.available) == (True, False)
     assert "Triton is not installed" in triton.reason
+
+
+def test_triton_makes_the_same_video() -> None:
+    """Interpreted, in a process of its own: Triton decides that when it is imported."""
+    program = """
+import sys, torch
+from lightforcing.lightforcing_core.backends import list_backends
+from lightforcing.lightforcing_core.noise import SeededNoise
+from lightforcing.lightforcing_core.rollout import RolloutSettings, rollout
+from lightforcing.lightforcing_core.sparse_settings import (
+    SparseSettings, make_policy, make_schedule
+)
+from lightforcing.lightforcing_core.wan.config import WanConfig
+from lightforcing.lightforcing_core.wan.forward import prepare_text
+from lightforcing.lightforcing_core.wan.modules import WanModel
+
+if not list_backends()[0].available:
+    sys.exit(list_backends()[0].reason)
+torch.manual_seed(0)
+config = WanConfig(
+    dim=64, ffn_dim=32, num_heads=1, num_layers=1, text_dim=8, text_len=6, freq_dim=16
+)
+tree = WanModel(config).requires_grad_(False)
+text = prepare_text(tree, torch.randn(1, 4, 8))
+videos = []
+for backend in ("reference", "triton"):
+    policy = make_policy(keep_frames=3, keep_near=1, guarantee_own_block=True)
+    sparse = SparseSettings(make_schedule(0.5), policy, 16, 16, backend=backend)
+    settings = RolloutSettings(6, 1, (1000.0,), window_frames=5, sink_frames=1, sparse=sparse)
+    noise = SeededNoise(0, (1, 16, 8, 10))  # 20 tokens a frame: a tail of 4
+    videos.append(torch.cat([c.latents for c in rollout(tree, settings, text, noise)], 2))
+print(float((videos[0] - videos[1]).norm() / videos[0].norm()))
+"""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-5
