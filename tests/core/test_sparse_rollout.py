@@ -27,6 +27,7 @@ from lightforcing.lightforcing_core.schedule import (
     ChunkAwareGrowth,
     HandDrawn,
     LinearRamp,
+    Timeline,
     UniformSparsity,
     chunk_sparsity,
 )
@@ -36,6 +37,7 @@ from lightforcing.lightforcing_core.selection import (
     Hierarchical,
     SlidingWindow,
 )
+from lightforcing.lightforcing_core.sparse import SparseAttention
 from lightforcing.lightforcing_core.sparse_settings import (
     PassBudgets,
     SparseSettings,
@@ -143,6 +145,30 @@ def test_a_video_goes_on_after_given_frames(tree: WanModel, text: TextContext) -
     chunks = run(tree, text, SPARSE, clip, num_frames=6)
     assert all(0 < c.statistics.density < 1 for c in chunks)
     assert [c.statistics.kv_frames for c in chunks] == [10, 13]
+
+
+def test_attention_is_told_which_pass_is_what(
+    tree: WanModel, text: TextContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given frames are no chunk and have clean passes alone; the last chunk has none."""
+    told: list[tuple[str, int | None]] = []
+    for name in ("begin_chunk", "begin_pass"):
+        original = getattr(SparseAttention, name)
+
+        def spy(self, value, original=original, name=name) -> None:
+            told.append((name.removeprefix("begin_"), value))
+            original(self, value)
+
+        monkeypatch.setattr(SparseAttention, name, spy)
+    run(tree, text, SPARSE, torch.randn(1, 16, 4, *SHAPE[2:]), num_frames=6)
+    given = [("chunk", None), ("pass", None)] * 2
+    chunk = [("pass", 0), ("pass", 1)]
+    assert told == [*given, ("chunk", 0), *chunk, ("pass", None), ("chunk", 1), *chunk]
+
+
+def test_a_schedule_is_told_the_window_and_what_was_given() -> None:
+    settings = RolloutSettings(8, 3, window_frames=7, sink_frames=1)
+    assert settings.timeline(2) == Timeline((3, 3, 2), 2, 7)
 
 
 def test_dense_runs_say_so(tree: WanModel, text: TextContext) -> None:
@@ -264,6 +290,11 @@ def test_auto_takes_the_reference_on_a_cpu_and_logs_it_once(
         run(tree, text, SPARSE)
     lines = [r.getMessage() for r in caplog.records if "sparse attention" in r.getMessage()]
     assert len(lines) == 1 and "reference" in lines[0]
+
+
+def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_triton_obstacles", lambda job: [])
+    assert resolve_backend("auto", job()) is REFERENCE
 
 
 def test_backends_are_listed_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
