@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,14 @@ from torch import Tensor
 
 from .checkpoints.checkpoint import open_checkpoint
 from .checkpoints.load import LoadedModel, load_checkpoint
-from .checkpoints.lora import load_lora
-from .checkpoints.presets import Preset
+from .checkpoints.lora import check_loras, load_lora
 from .embedded import EMBEDDED_MODEL, EMBEDDED_VAE
 from .errors import Cancelled, UserError
-from .layout import FrameSize, latent_frames
+from .layout import FrameSize
 from .noise import SeededNoise, check_seed
 from .outputs import check_output
+from .request import GenerateRequest, check_cache, frames_to_generate, settings_for
 from .rollout import ChunkStatistics, RolloutSettings, rollout
-from .sparse_settings import SparseSettings
 from .text.load import load_text_encoder
 from .timesteps import check_steps
 from .vae.load import load_vae
@@ -35,48 +34,6 @@ from .wan.forward import TextContext, prepare_text
 log = logging.getLogger("lightforcing")
 
 FRAME_RATE = 16  # frames per second that Wan models are trained at
-_DEFAULT_SIZE = FrameSize(832, 480)
-_DEFAULT_FRAMES = 81
-
-
-@dataclass(frozen=True)
-class GenerateRequest:
-    """What to make. None means: what the model's file suggests, else Self Forcing's settings.
-
-    Attributes:
-        frames: pixel frames, 4 k + 1, the start image included.
-        start_image: picture the video begins with (image to video).
-        frames_per_chunk, window_frames, sink_frames: latent frames.
-        sparse: None for dense attention.
-        shift: instead of the suggested steps' own; explicit steps are taken as they are.
-        context_timestep: noise level of the clean pass, 0..1000.
-        family: name of the weights' family (checkpoints.families), which suggests settings.
-        loras: LoRA files and their strengths, merged into the weights.
-        device, dtype: default to CUDA and bf16 where there is a GPU, else CPU and float32.
-    """
-
-    prompt: str
-    out: Path
-    model: Path | None = None
-    vae: Path | None = None
-    text_encoder: Path | None = None
-    frames: int | None = None
-    size: FrameSize | None = None
-    seed: int = 0
-    steps: Sequence[float] | None = None
-    first_chunk_steps: Sequence[float] | None = None
-    shift: float | None = None
-    context_timestep: float | None = None
-    frames_per_chunk: int | None = None
-    window_frames: int | None = None
-    sink_frames: int | None = None
-    sparse: SparseSettings | None = None
-    start_image: Path | None = None
-    vae_latents: str | None = None
-    family: str | None = None
-    loras: Sequence[tuple[Path, float]] = ()
-    device: str | None = None
-    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -197,7 +154,7 @@ def _check(request: GenerateRequest) -> None:
         )
     check_seed(request.seed)
     if request.frames is not None:
-        _frames_to_generate(request, request.frames)
+        frames_to_generate(request, request.frames)
     for steps in (request.steps, request.first_chunk_steps):
         if steps is not None:
             check_steps(steps)
@@ -217,6 +174,8 @@ def _generate(
 ) -> GenerateResult:
     started = time.perf_counter()
     job = _prepare(request, device, dtype, on_load)
+    for note in job.model.notes:
+        log.warning(note)
     load_seconds = time.perf_counter() - started
 
     started = time.perf_counter()
@@ -228,10 +187,6 @@ def _generate(
             for frames, report in _stream(job, request.seed, should_stop):
                 writer.write(frames)
                 if report is not None:
-                    if not reports:
-                        # Only now it is sure that the run is possible: an error stays one line.
-                        for note in job.model.notes:
-                            log.warning(note)
                     reports.append(report)
                     on_chunk(report)
             seconds = time.perf_counter() - started
@@ -298,7 +253,9 @@ def _prepare(
     checkpoint = open_checkpoint(request.model or EMBEDDED_MODEL, family=request.family)
     checkpoint.check_whole()
     loras = [(load_lora(path), strength) for path, strength in request.loras]
-    settings, size = _settings(request, checkpoint.preset)
+    check_loras([lora for lora, _ in loras], checkpoint.shapes)
+    settings, size = settings_for(request, checkpoint.preset)
+    check_cache(checkpoint.config, settings, size, request.given_frames, device, dtype)
     log.info("settings: %s", settings)
     vae = load_vae(
         request.vae or EMBEDDED_VAE, device=device, dtype=dtype, latents=request.vae_latents
@@ -325,49 +282,6 @@ def _encode(request: GenerateRequest, device: torch.device, dtype: torch.dtype) 
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return embeds
-
-
-def _frames_to_generate(request: GenerateRequest, frames: int) -> int:
-    """Latent frames to generate of a video of so many pixel frames, the start image left out."""
-    given = 0 if request.start_image is None else 1
-    to_generate = latent_frames(frames) - given
-    if to_generate < 1:
-        raise UserError(
-            f"{frames} frame leaves nothing to generate after the start image; ask for 5 or more"
-        )
-    return to_generate
-
-
-def _settings(request: GenerateRequest, preset: Preset) -> tuple[RolloutSettings, FrameSize]:
-    def chosen(value: Any, suggestion: Any) -> Any:
-        return suggestion if value is None else value
-
-    preset_size = _DEFAULT_SIZE
-    if preset.width is not None and preset.height is not None:
-        preset_size = FrameSize(preset.width, preset.height)
-    preset = preset.with_shift(chosen(request.shift, preset.shift))
-    frames = chosen(request.frames, preset.frames or _DEFAULT_FRAMES)
-    window = chosen(request.window_frames, preset.window_frames)
-    # A sink belongs to a window: a preset's goes when the user asks for the whole history.
-    preset_sink = 0 if window == -1 else preset.sink_frames
-    settings = RolloutSettings(
-        num_frames=_frames_to_generate(request, frames),
-        frames_per_chunk=chosen(request.frames_per_chunk, preset.frames_per_chunk),
-        steps=chosen(request.steps, preset.steps),
-        first_chunk_steps=_first_chunk_steps(request, preset),
-        window_frames=window,
-        sink_frames=chosen(request.sink_frames, preset_sink),
-        context_timestep=chosen(request.context_timestep, preset.context_timestep),
-        sparse=request.sparse,
-    )
-    return settings, chosen(request.size, preset_size)
-
-
-def _first_chunk_steps(request: GenerateRequest, preset: Preset) -> Sequence[float] | None:
-    """A preset's own list for the first chunk belongs to its list for the others."""
-    if request.first_chunk_steps is not None or request.steps is not None:
-        return request.first_chunk_steps
-    return preset.first_chunk_steps
 
 
 def _stream(

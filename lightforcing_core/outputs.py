@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def check_output(path: Path, inputs: Sequence[Path | None] = ()) -> None:
         raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; give a file name")
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is a device or a pipe; give a file name")
     for other in inputs:
         if other is not None and other.resolve() == path.resolve():
             raise UserError(f"{path} would overwrite a file of the same run; give another name")
@@ -37,10 +40,12 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.partial")
+    # A name that nobody else uses: what lies there under another one is not ours to delete.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
-        temporary.replace(path)
+        # Through a link, so that the link stays one.
+        temporary.replace(path.resolve())
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}; choose another place or free it") from error
     finally:

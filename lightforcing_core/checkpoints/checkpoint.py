@@ -18,7 +18,7 @@ from .families import Identification, identify
 from .files import read_state_dict
 from .formats import Recognised, recognise
 from .lora import Lora, check_loras, merge
-from .metadata import read_facts, whole_number
+from .metadata import is_marked_causal, read_facts, whole_number
 from .presets import Preset
 from .quantised import check_plain, is_eight_bit
 
@@ -41,6 +41,8 @@ class Checkpoint:
         identification: family and settings.
         missing, unexpected: names of tensors.
         misshapen: what is wrong with tensors of another shape, a text each.
+        merged_loras: LoRAs that are in the weights already, as the file's metadata says.
+        marked_causal: whether ComfyUI sees an autoregressive model in the file.
     """
 
     path: Path
@@ -50,6 +52,8 @@ class Checkpoint:
     missing: tuple[str, ...]
     misshapen: tuple[str, ...]
     unexpected: tuple[str, ...]
+    merged_loras: tuple[str, ...] = ()
+    marked_causal: bool = False
 
     @property
     def preset(self) -> Preset:
@@ -145,10 +149,14 @@ class Checkpoint:
         if is_eight_bit(stored):
             # With a LoRA to come, in float32: the sum is rounded once.
             tensor = weights.widened(name, tensor, torch.float32 if loras else dtype or kept)
+        before = tensor
         merged = merge(name, tensor, loras) if loras else tensor
         tensor = merged.to(dtype or kept)
         if not is_finite(tensor):
-            raise UserError(f"{self.path}: {self._not_finite(name, tensor.dtype)}")
+            reason = self._not_finite(name, tensor.dtype)
+            if merged is not before:
+                reason = f"'{name}' is NaN or infinite with the LoRA added; lower its strength"
+            raise UserError(f"{self.path}: {reason}")
         return tensor
 
     def _not_finite(self, name: str, dtype: torch.dtype) -> str:
@@ -183,14 +191,18 @@ def open_checkpoint(
         if num_heads is None and "num_heads" in facts:
             num_heads = whole_number(facts, "num_heads", 1)
         text_len = whole_number(facts, "text_len", 1) if "text_len" in facts else 512
-        config = WanConfig.from_tensors(stored, num_heads=num_heads, text_len=text_len)
+        num_layers = whole_number(facts, "num_layers", 1) if "num_layers" in facts else None
+        config = WanConfig.from_tensors(
+            stored, num_heads=num_heads, text_len=text_len
+        )
         _refuse_other_wans(config, stored)
         identification = identify(config.dim, facts, path, family)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     with torch.device("meta"):
         expected = {name: p.shape for name, p in WanModel(config).named_parameters()}
-    checkpoint = Checkpoint(
+    merged = facts.get("merged_loras", [])
+    return Checkpoint(
         path=path,
         config=config,
         recognised=recognised,
@@ -202,8 +214,9 @@ def open_checkpoint(
             if name in stored and stored[name].shape != shape
         ),
         unexpected=tuple(sorted(set(stored) - set(expected))),
+        merged_loras=tuple(map(str, merged)) if isinstance(merged, list) else (),
+        marked_causal=is_marked_causal(metadata),
     )
-    return checkpoint
 
 
 def _refuse_other_wans(config: WanConfig, tensors: dict[str, Tensor]) -> None:

@@ -10,18 +10,28 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
+from ..errors import UserError
 from ..outputs import check_output, replacing
-from .checkpoint import Progress, open_checkpoint
-from .lora import Lora
+from .checkpoint import Checkpoint, Progress, open_checkpoint
+from .load import notes
+from .lora import Lora, check_loras
 from .metadata import file_metadata
+from .shards import find_shards
 
 log = logging.getLogger("lightforcing")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written."""
+    """What was written.
+
+    Attributes:
+        dropped: tensors of the source that are no part of the model.
+        unmatched: keys of LoRA files that found no parameter.
+        notes: what the user should know of the source (`load.notes`).
+    """
 
     out: Path
     format: str
@@ -29,6 +39,8 @@ class Conversion:
     out_bytes: int
     family: str | None
     dropped: tuple[str, ...]
+    unmatched: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -38,6 +50,8 @@ class Conversion:
             "bytes": self.out_bytes,
             "family": self.family,
             "dropped": list(self.dropped),
+            "unmatched_lora_keys": list(self.unmatched),
+            "notes": list(self.notes),
         }
 
 
@@ -65,26 +79,50 @@ def convert_checkpoint(
         UserError: the file cannot be used, or the output cannot be written.
     """
     path = Path(path)
-    check_output(out, [path])
+    if out.suffix.lower() not in (".safetensors", ".sft"):
+        raise UserError(f"{out} must end in .safetensors, which is what is written")
+    check_output(out, [path, *find_shards(path).files] if path.exists() else [path])
     checkpoint = open_checkpoint(path, family=family)
     checkpoint.check_whole()
+    unmatched = check_loras([lora for lora, _ in loras], checkpoint.shapes) if loras else ()
     # In the order of the model: files of one model then differ only where their weights do.
     tensors = checkpoint.read(dtype=dtype, loras=loras, on_progress=on_progress)
-    known = checkpoint.identification.family
-    facts: dict[str, object] = {
-        "num_heads": checkpoint.config.num_heads,
-        **({"family": known.name} if known else {}),
-        **({"text_len": checkpoint.config.text_len} if checkpoint.config.text_len != 512 else {}),
-        **(checkpoint.preset.to_facts() if not checkpoint.identification.candidates else {}),
-    }
     with replacing(out) as temporary:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=file_metadata(facts))
+        save_file(_apart(tensors), temporary, metadata=file_metadata(_facts(checkpoint, loras)))
+    family_found = checkpoint.identification.family
     return Conversion(
         out=out,
         format=checkpoint.recognised.format,
         tensors=len(tensors),
         out_bytes=out.stat().st_size,
-        family=known.name if known else None,
+        family=family_found.name if family_found else None,
         dropped=checkpoint.unexpected,
+        unmatched=unmatched,
+        notes=notes(checkpoint, has_loras=bool(loras)),
     )
+
+
+def _facts(checkpoint: Checkpoint, loras: Sequence[tuple[Lora, float]]) -> dict[str, object]:
+    """What is known of the weights, for the file that is written."""
+    config, family = checkpoint.config, checkpoint.identification.family
+    merged = [*checkpoint.merged_loras, *(f"{lora.name}:{strength:g}" for lora, strength in loras)]
+    return {
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        **({"text_len": config.text_len} if config.text_len != 512 else {}),
+        **({"family": family.name} if family else {}),
+        **({"merged_loras": merged} if merged else {}),
+        **checkpoint.preset.to_facts(),
+    }
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, contiguous, and none sharing numbers with another: the format has no ties."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        plain = tensor.contiguous()
+        place = plain.data_ptr()
+        result[name] = plain.clone() if place in seen and plain.numel() else plain
+        seen.add(place)
+    return result

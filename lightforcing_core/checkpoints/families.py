@@ -6,6 +6,7 @@ its metadata does. `identify` says what it knows and from where.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ _ROLLING_STEPS = warp_steps((1000, 800, 600, 400, 200), shift=5.0)
 _TWO_STEPS = warp_steps((1000, 500), shift=5.0)
 _AT_READ = "positions applied when keys are read, not when they are written"
 _AR_SIZES = {1536: "1.3B", 5120: "14B"}
+_SIZES = ("width", "height", "frames")
+# Published in two folders under one file name.
+_SHARED_NAME = r"\bcausal ?forcing\b"
+_SAME_NAME = ("causal_forcing", "causal_forcing_framewise")
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Family:
         title: for people.
         preset: what it was trained for.
         sizes: '1.3B', '14B'.
-        file_names: pattern of the published files' names, see `_words`.
+        file_names: pattern of the published files' names, see `_scopes`.
         not_reproduced: what its published sampler does and this engine does not.
         needs_lora: the weights are only a base; the product is base and LoRA.
     """
@@ -47,31 +52,31 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "self_forcing",
         "Self Forcing",
-        file_names=r"self ?forcing (dmd|sid|fp8|gan)|ode init",
+        file_names=r"\bself ?forcing\b|\bode init\b|\bsfwan",
     ),
     Family(
         "causal_forcing_2step",
         "Causal Forcing++, two steps",
         Preset(frames_per_chunk=1, steps=_TWO_STEPS, first_chunk_steps=SELF_FORCING_STEPS),
-        file_names=r"framewise.*2 ?step|causal forcing.*2 ?step",
+        file_names=r"\b(framewise|causal ?forcing)\b.*\b2 ?steps?\b",
     ),
     Family(
         "causal_forcing_1step",
         "Causal Forcing++, one step",
         Preset(frames_per_chunk=1, steps=(1000.0,), first_chunk_steps=SELF_FORCING_STEPS),
-        file_names=r"framewise.*1 ?step|causal forcing.*1 ?step",
+        file_names=r"\b(framewise|causal ?forcing)\b.*\b1 ?steps?\b",
     ),
     Family(
         "causal_forcing_framewise",
         "Causal Forcing, frame by frame",
         Preset(frames_per_chunk=1),
-        file_names=r"framewise",
+        file_names=r"\bframewise\b",
     ),
     Family(
         "causal_forcing_long",
         "Causal Forcing, long video",
         Preset(window_frames=21, sink_frames=3),
-        file_names=r"chunkwise longvideo|causal forcing.*long ?video",
+        file_names=r"\b(chunkwise|causal ?forcing)\b.*\blong ?video\b",
         not_reproduced=(
             "rolling denoising of four chunks at once",
             "sink positions moved along with the window",
@@ -80,13 +85,13 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "causal_forcing",
         "Causal Forcing, chunk by chunk",
-        file_names=r"chunkwise|causal ?forcing",
+        file_names=r"\bchunkwise\b",
     ),
     Family(
         "longlive",
         "LongLive",
         Preset(window_frames=12, sink_frames=3),
-        file_names=r"long ?live",
+        file_names=r"\blong ?live\b",
         not_reproduced=("past frames computed again when the prompt changes",),
         needs_lora=True,
     ),
@@ -94,7 +99,7 @@ FAMILIES: tuple[Family, ...] = (
         "memflow",
         "MemFlow",
         Preset(window_frames=12, sink_frames=3),
-        file_names=r"mem ?flow",
+        file_names=r"\bmem ?flow\b",
         not_reproduced=("memory bank of past frames, chosen by the prompt",),
         needs_lora=True,
     ),
@@ -102,7 +107,7 @@ FAMILIES: tuple[Family, ...] = (
         "rolling_forcing",
         "Rolling Forcing",
         Preset(steps=_ROLLING_STEPS, window_frames=21, sink_frames=3),
-        file_names=r"rolling ?forcing",
+        file_names=r"\brolling ?forcing\b",
         not_reproduced=(
             "rolling denoising of five chunks at once",
             "sink positions moved along with the window",
@@ -112,7 +117,7 @@ FAMILIES: tuple[Family, ...] = (
         "reward_forcing",
         "Reward Forcing",
         Preset(window_frames=9, sink_frames=3),
-        file_names=r"reward ?forcing",
+        file_names=r"\breward ?forcing\b",
         not_reproduced=("sink averaged with the frames that leave the window", _AT_READ),
     ),
     Family(
@@ -120,7 +125,7 @@ FAMILIES: tuple[Family, ...] = (
         "StreamDiffusionV2",
         Preset(frames_per_chunk=1, window_frames=6, sink_frames=3),
         sizes=("1.3B", "14B"),
-        file_names=r"stream ?diffusion ?v2|causal dmd v2v",
+        file_names=r"\bstream ?diffusion ?v2\b|\bcausal dmd v2v\b",
         not_reproduced=("video to video from noise level 0.7, without a clean pass",),
     ),
     Family(
@@ -128,7 +133,7 @@ FAMILIES: tuple[Family, ...] = (
         "Krea Realtime 14B",
         Preset(window_frames=6),
         sizes=("14B",),
-        file_names=r"krea",
+        file_names=r"\bkrea\b",
         not_reproduced=(
             "keys and values recomputed from the last frames before every chunk",
             "first frame of the window encoded again from decoded pixels",
@@ -138,14 +143,14 @@ FAMILIES: tuple[Family, ...] = (
         "light_forcing_long",
         "Light Forcing, long videos",
         Preset(window_frames=12, sink_frames=1, width=768, height=512),
-        file_names=r"long video gen",
+        file_names=r"\blong video gen\b",
         not_reproduced=(_AT_READ,),
     ),
     Family(
         "light_forcing",
         "Light Forcing, 81 frames",
         Preset(width=768, height=512),
-        file_names=r"short video gen",
+        file_names=r"\bshort video gen\b",
     ),
 )
 
@@ -167,11 +172,22 @@ class Identification:
     preset: Preset
 
 
-def _words(path: Path) -> str:
-    """The file's and its folder's name as words; a diffusers folder is called by its parent."""
-    # Links are not followed: download caches link a telling name to a hash.
-    parts = [part for part in path.absolute().parts if part != "transformer"]
-    return re.sub(r"[\W_]+", " ", " ".join(parts[-2:]).lower())
+def _scopes(path: Path) -> tuple[str, str]:
+    """What a path says, as words: the file's own name, and that after its folder's.
+
+    Links are not followed: download caches link a telling name to a hash, below a folder of the
+    repository's name ('models--org--name/snapshots/hash/...').
+    """
+    whole = Path(os.path.abspath(path))  # noqa: PTH100 (resolve() follows links)
+    parts = [part for part in whole.parts if part != "transformer"]
+    folder = parts[-2] if len(parts) > 1 else ""
+    if "snapshots" in parts[1:]:
+        folder = f"{parts[parts.index('snapshots') - 1].split('--')[-1]} {folder}"
+
+    def words(text: str) -> str:
+        return re.sub(r"[\W_]+", " ", text.lower()).strip()
+
+    return words(parts[-1]), words(f"{folder} {parts[-1]}")
 
 
 def family_by_name(name: str) -> Family:
@@ -200,23 +216,26 @@ def identify(
     Raises:
         UserError: an unknown family, or metadata out of range.
     """
+    named = facts.get("family")
     if chosen is not None:
         family = family_by_name(chosen)
-        return Identification(family, (), "chosen", family.preset.updated(facts))
-    named = facts.get("family")
+        # Settings in the file belong to the family it names; of another one only sizes are taken.
+        own = facts if named == chosen else {k: v for k, v in facts.items() if k in _SIZES}
+        return Identification(family, (), "chosen", family.preset.updated(own))
     if isinstance(named, str):
         family = family_by_name(named)
         return Identification(family, (), "the file's metadata", family.preset.updated(facts))
     if "steps" in facts:
         return Identification(None, (), "the file's metadata", Preset().updated(facts))
-    words = _words(path)
-    for family in FAMILIES:
-        if re.search(family.file_names, words):
-            reason = "the file's name, its tensors do not say"
-            return Identification(family, (), reason, family.preset.updated(facts))
     size = _AR_SIZES.get(width)
-    candidates = tuple(f for f in FAMILIES if size is None or size in f.sizes)
-    if len(candidates) == 1:
-        reason = f"the only family of {size}"
-        return Identification(candidates[0], (), reason, candidates[0].preset.updated(facts))
-    return Identification(None, candidates, "the tensors do not say", Preset().updated(facts))
+    possible = tuple(f for f in FAMILIES if size is None or size in f.sizes)
+    for words in _scopes(path):
+        for family in possible:
+            if re.search(family.file_names, words):
+                reason = "the file's name, its tensors do not say"
+                return Identification(family, (), reason, family.preset.updated(facts))
+    candidates = tuple(family_by_name(n) for n in _SAME_NAME if family_by_name(n) in possible)
+    if candidates and re.search(_SHARED_NAME, _scopes(path)[1]):
+        reason = "the file's name fits more than one"
+        return Identification(None, candidates, reason, candidates[0].preset.updated(facts))
+    return Identification(None, possible, "nothing says", Preset().updated(facts))

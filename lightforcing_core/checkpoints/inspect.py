@@ -15,6 +15,7 @@ from ..memory import GIB, available_bytes
 from .checkpoint import WIDENED, Checkpoint, Progress, is_finite, open_checkpoint, some
 from .load import notes
 from .quantised import is_eight_bit
+from .shards import find_shards
 
 _DEFAULT_SIZE = FrameSize(832, 480)
 _DEFAULT_FRAMES = 81
@@ -97,6 +98,8 @@ class Inspection:
             "parameters": checkpoint.parameters,
             "dtypes": checkpoint.stored_types,
             "file_bytes": file_bytes(checkpoint.path),
+            "marked_causal": checkpoint.marked_causal,
+            "merged_loras": list(checkpoint.merged_loras),
             "missing": list(checkpoint.missing),
             "misshapen": list(checkpoint.misshapen),
             "unexpected": list(checkpoint.unexpected),
@@ -132,8 +135,9 @@ def inspect_checkpoint(
         size = _DEFAULT_SIZE
         if preset.width is not None and preset.height is not None:
             size = FrameSize(preset.width, preset.height)
-    place = _device(device)
-    memory = _memory_need(checkpoint, size, frames or preset.frames or _DEFAULT_FRAMES, place)
+    if frames is None:
+        frames = preset.frames or _DEFAULT_FRAMES
+    memory = _memory_need(checkpoint, size, frames, _device(device))
     return Inspection(checkpoint, memory, notes(checkpoint, has_loras=False))
 
 
@@ -184,12 +188,20 @@ def summary(inspection: Inspection) -> list[tuple[str, str]]:
         ),
         ("unexpected", some(checkpoint.unexpected) or "nothing"),
         (
+            "ComfyUI",
+            "sees an autoregressive model"
+            if checkpoint.marked_causal
+            else "sees plain Wan (convert writes the metadata it looks for)",
+        ),
+        (
             "settings",
             f"{preset.frames_per_chunk} frames a chunk, steps {steps} (shift {preset.shift:g}), "
             f"window {window}, {preset.sink_frames} sink frames, clean pass at "
             f"{preset.context_timestep:g}",
         ),
     ]
+    if checkpoint.merged_loras:
+        rows.append(("LoRA", f"in the weights already: {', '.join(checkpoint.merged_loras)}"))
     if preset.first_chunk_steps is not None:
         first = " / ".join(f"{round(step, 2):g}" for step in preset.first_chunk_steps)
         rows.append(("", f"first chunk: steps {first}"))
@@ -209,15 +221,15 @@ def summary(inspection: Inspection) -> list[tuple[str, str]]:
 
 
 def file_bytes(path: Path) -> int:
-    """Size of a file, or of all weights of a folder."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    """Size of all files that a checkpoint is read from."""
+    return sum(file.stat().st_size for file in find_shards(path).files)
 
 
 def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"device '{name}' is not supported; use cpu or cuda")
         available_bytes(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

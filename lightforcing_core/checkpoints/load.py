@@ -104,10 +104,6 @@ def _report(checkpoint: Checkpoint) -> None:
         checkpoint.parameters / 1e9,
         checkpoint.preset.frames_per_chunk,
     )
-    if recognised.is_average:
-        log.info("%s: took the averaged (EMA) weights, '%s'", name, recognised.root)
-    if recognised.passed_over:
-        log.info("%s: passed over %s", name, ", ".join(f"'{r}'" for r in recognised.passed_over))
 
 
 def notes(checkpoint: Checkpoint, *, has_loras: bool) -> tuple[str, ...]:
@@ -115,19 +111,28 @@ def notes(checkpoint: Checkpoint, *, has_loras: bool) -> tuple[str, ...]:
     name = checkpoint.path.name
     identification = checkpoint.identification
     family = identification.family
+    recognised = checkpoint.recognised
     lines = []
+    if recognised.passed_over:
+        which = "the averaged weights" if recognised.is_average else "the weights"
+        others = ", ".join(f"'{root}'" for root in recognised.passed_over)
+        lines.append(f"{name}: took {which} under '{recognised.root}', passed over {others}")
     if checkpoint.unexpected:
         number, examples = len(checkpoint.unexpected), some(checkpoint.unexpected)
         lines.append(f"{name}: ignored {number} unknown tensors ({examples})")
     if identification.candidates:
         names = ", ".join(candidate.name for candidate in identification.candidates)
         lines.append(
-            f"{name}: nothing says which family of weights this is; using Self Forcing's "
-            f"settings. If that is wrong, choose: --family {names}"
+            f"{name}: which family these weights are of is not known "
+            f"({identification.reason}); using {checkpoint.preset.frames_per_chunk} frames a chunk "
+            f"and {len(checkpoint.preset.steps)} steps. If that is wrong, choose: --family {names}"
         )
     if family is not None and family.not_reproduced:
         left_out = "; ".join(family.not_reproduced)
         lines.append(f"{name}: not reproduced of {family.title}: {left_out}")
-    if family is not None and family.needs_lora and not has_loras:
+    if checkpoint.merged_loras and has_loras:
+        already = ", ".join(checkpoint.merged_loras)
+        lines.append(f"{name}: holds {already} already; the LoRA given is added to that")
+    if family is not None and family.needs_lora and not has_loras and not checkpoint.merged_loras:
         lines.append(f"{name}: {family.title} is a base and a LoRA; give the LoRA too (--lora)")
     return tuple(lines)

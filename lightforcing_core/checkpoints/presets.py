@@ -88,9 +88,9 @@ class Preset:
         )
 
     def to_facts(self) -> dict[str, object]:
-        """For a file's metadata and for JSON; what nothing says is left out."""
+        """For a file's metadata and for JSON, nothing rounded; what nothing says is left out."""
         facts = {k: v for k, v in asdict(self).items() if v is not None}
-        return {k: [round(x, 4) for x in v] if k in _LISTS else v for k, v in facts.items()}
+        return {k: list(v) if k in _LISTS else v for k, v in facts.items()}
 
 
 def _is_number(value: object) -> bool:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
+from ..outputs import check_output
 from .common import AddCommand, add_weights, say, write_json
+
+log = logging.getLogger("lightforcing")
 
 
 def add_commands(command: AddCommand) -> None:
@@ -38,6 +42,7 @@ def _add_convert(sub: argparse.ArgumentParser) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from ..checkpoints.inspect import check_values, inspect_checkpoint, summary
+    from ..errors import UserError
     from ..layout import FrameSize
     from ..progress import FileProgress
 
@@ -48,11 +53,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
         frames=arguments.frames,
         device=arguments.device,
     )
-    write_json(arguments.json, inspection.to_dict())
-    inspection.checkpoint.check_whole()
-    if not arguments.header_only:
-        with FileProgress(arguments.console, "looking for NaN") as progress:
-            check_values(inspection.checkpoint, progress.update)
+    problem: UserError | None = None
+    try:
+        inspection.checkpoint.check_whole()
+        if not arguments.header_only:
+            with FileProgress(arguments.console, "looking for NaN") as progress:
+                check_values(inspection.checkpoint, progress.update)
+    except UserError as error:
+        problem = error
+    write_json(arguments.json, inspection.to_dict() | {"problem": str(problem or "") or None})
+    if problem is not None:
+        raise problem
     for name, value in summary(inspection):
         say(f"{name:<12} {value}")
     return 0
@@ -66,6 +77,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     from ..progress import FileProgress
 
     loras = [parse_strength(text) for text in arguments.lora]
+    check_output(arguments.out, [path for path, _ in loras])
     with FileProgress(arguments.console, "converting") as progress:
         result = convert_checkpoint(
             arguments.file,
@@ -76,6 +88,8 @@ def _convert(arguments: argparse.Namespace) -> int:
             on_progress=progress.update,
         )
     write_json(arguments.json, result.to_dict())
+    for note in result.notes:
+        log.warning(note)
     say(
         f"{result.out}: {result.tensors} tensors, {result.out_bytes / 2**30:.2f} GiB, "
         f"from {result.format}"

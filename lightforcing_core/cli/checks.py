@@ -26,7 +26,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     for result in results:
         error = "nothing to compare with" if result.rel_err is None else f"{result.rel_err:.2e}"
         mark = "ok  " if result.passed else "FAIL"
-        say(f"{mark} {result.file} {result.case}: relative error {error}")
+        detail = f" ({result.detail})" if result.detail else ""
+        say(f"{mark} {result.file} {result.case}: relative error {error}{detail}")
     failed = sum(not result.passed for result in results)
     say(f"{len(results) - failed} of {len(results)} cases within {TOLERANCE:g}")
     return EXIT_FAILED_CHECK if failed else 0

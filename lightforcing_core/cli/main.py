@@ -43,7 +43,10 @@ def _files_of(arguments: argparse.Namespace) -> list[Path]:
     """Every file the command line names, but for --json itself."""
     values = [v for k, v in vars(arguments).items() if k != "json"]
     flat = [item for v in values for item in (v if isinstance(v, list) else [v])]
-    return [item for item in flat if isinstance(item, Path)]
+    # A LoRA is FILE or FILE:STRENGTH; both readings of it are somebody's file.
+    loras = getattr(arguments, "lora", [])
+    named = [Path(part) for text in loras for part in (text, text.rpartition(":")[0]) if part]
+    return [*(item for item in flat if isinstance(item, Path)), *named]
 
 
 def _parser() -> argparse.ArgumentParser:

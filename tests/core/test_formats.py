@@ -454,6 +454,12 @@ def test_a_lora_merges_into_eight_bit_weights(weights: Weights, tmp_path: Path) 
     [
         ("self_forcing_dmd.pt", "self_forcing", 3, 4, -1, 0),
         ("chunkwise/causal_forcing.pt", "causal_forcing", 3, 4, -1, 0),
+        # The file's own name goes before its folder's, and whole words count.
+        ("Causal-Forcing/longlive_base.pt", "longlive", 3, 4, 12, 3),
+        ("comfyui-longlive-models/rewardforcing.pt", "reward_forcing", 3, 4, 9, 3),
+        ("framewise-12steps.pt", "causal_forcing_framewise", 1, 4, -1, 0),
+        ("models--org--RollingForcing/snapshots/abc/model.pt", "rolling_forcing", 3, 5, 21, 3),
+        ("chunkwise/longvideo.pt", "causal_forcing_long", 3, 4, 21, 3),
         ("framewise/causal_forcing.pt", "causal_forcing_framewise", 1, 4, -1, 0),
         ("causal-forcing++/framewise-2step.pt", "causal_forcing_2step", 1, 2, -1, 0),
         ("causal-forcing++/framewise-1step.pt", "causal_forcing_1step", 1, 1, -1, 0),
@@ -555,3 +561,83 @@ def test_a_link_in_a_download_cache_keeps_its_telling_name(
     family = open_checkpoint(link).identification.family
     assert family is not None
     assert family.name == "rolling_forcing"
+
+
+@pytest.mark.parametrize("name", ["kreations/model.pt", "node_initial/m.pt", "x/y.pt"])
+def test_parts_of_words_say_nothing(name: str, weights: Weights, tmp_path: Path) -> None:
+    path = tmp_path / "z" / name
+    path.parent.mkdir(parents=True)
+    torch.save(under("model.", weights), path)
+    found = open_checkpoint(path).identification
+    assert found.family is None
+    assert len(found.candidates) > 10
+
+
+def test_one_name_of_two_families_is_asked_about(weights: Weights, tmp_path: Path) -> None:
+    path = tmp_path / "causal_forcing.pt"
+    torch.save(under("model.", weights), path)
+    loaded = load_model(path)
+    assert "causal_forcing, causal_forcing_framewise" in loaded.notes[-1]
+
+
+def test_a_size_rules_families_out() -> None:
+    from lightforcing.lightforcing_core.checkpoints.families import identify
+
+    names = [f.name for f in identify(5120, {}, Path("model.pt")).candidates]
+    assert names == ["streamdiffusion_v2", "krea"]
+    assert identify(1536, {}, Path("krea.pt")).family is None
+
+
+def test_the_users_family_replaces_the_settings_in_the_file(
+    weights: Weights, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "self_forcing_dmd.pt", tmp_path / "mine.safetensors"
+    torch.save(under("model.", weights), path)
+    convert_checkpoint(path, out)
+    chosen = load_model(out, family="rolling_forcing").preset
+    assert (len(chosen.steps), chosen.window_frames, chosen.sink_frames) == (5, 21, 3)
+    # Its own family keeps what the file says beyond the family's preset.
+    settings = {"family": "self_forcing", "window_frames": 12, "sink_frames": 1}
+    save_file(weights, out, metadata={"lightforcing": json.dumps(settings)})
+    assert load_model(out, family="self_forcing").preset.window_frames == 12
+
+
+@pytest.mark.parametrize("family", ["self_forcing", "rolling_forcing", "causal_forcing_2step"])
+def test_a_conversion_keeps_every_digit_of_the_settings(
+    family: str, weights: Weights, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "model.pt", tmp_path / "mine.safetensors"
+    torch.save(under("model.", weights), path)
+    convert_checkpoint(path, out, family=family)
+    assert load_model(out).preset == load_model(path, family=family).preset
+
+
+def test_a_merged_lora_is_remembered(weights: Weights, tmp_path: Path) -> None:
+    base, lora = tmp_path / "longlive_base.pt", tmp_path / "lora.safetensors"
+    once, twice = tmp_path / "once.safetensors", tmp_path / "twice.safetensors"
+    torch.save({"generator": under("model.", weights)}, base)
+    save_file(longlive_lora(), lora)
+    convert_checkpoint(base, once, loras=[(load_lora(lora), 0.5)])
+    assert not any("give the LoRA" in note for note in load_model(once).notes)
+    again = load_model(once, loras=[(load_lora(lora), 1.0)])
+    assert any("lora.safetensors:0.5" in note for note in again.notes)
+    convert_checkpoint(once, twice, loras=[(load_lora(lora), 1.0)])
+    assert open_checkpoint(twice).merged_loras == ("lora.safetensors:0.5", "lora.safetensors:1")
+
+
+def test_tied_weights_convert(weights: Weights, tmp_path: Path) -> None:
+    path, out = tmp_path / "model.pt", tmp_path / "out.safetensors"
+    tied = dict(weights)
+    tied["blocks.1.self_attn.norm_q.weight"] = tied["blocks.0.self_attn.norm_q.weight"]
+    torch.save(tied, path)
+    convert_checkpoint(path, out)
+    assert load_model(out).tree.blocks[1].self_attn.norm_q.weight.shape == (128,)
+
+
+def test_what_is_passed_over_is_said(weights: Weights, tmp_path: Path) -> None:
+    path = tmp_path / "self_forcing_dmd.pt"
+    torch.save(trainer_file(weights), path)
+    note = load_model(path).notes[0]
+    assert "averaged weights under 'generator_ema.model.'" in note
+    assert "'generator.model.'" in note
+    assert "'critic.model.'" in note

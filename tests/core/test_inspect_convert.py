@@ -136,7 +136,7 @@ def test_convert_keeps_every_bit_and_the_type(weights: Weights, tmp_path: Path) 
             assert torch.equal(file.get_tensor(name), tensor.half()), name
     assert (facts["num_heads"], facts["frames_per_chunk"], facts["shift"]) == (1, 3, 5.0)
     assert (facts["window_frames"], facts["sink_frames"]) == (-1, 0)
-    assert facts["steps"] == [1000.0, 937.5, 833.3333, 625.0]
+    assert facts["steps"] == [1000.0, 937.5, 2500 / 3, 625.0]
     assert facts["family"] == "self_forcing"
 
 
@@ -306,3 +306,122 @@ def test_every_suggested_setting_is_shown_and_can_be_overridden(tmp_path: Path) 
     assert (used["frames_per_chunk"], used["window_frames"], used["sink_frames"]) == (2, 4, 1)
     assert run("generate", *arguments, "--shift=0") == 2
     assert run("generate", *arguments, "--clean-timestep=1000") == 2
+
+
+def test_convert_never_destroys_what_it_reads(
+    weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, lora, out = (tmp_path / f"{n}.safetensors" for n in ("model", "lora", "out"))
+    save_file(weights, path)
+    name = "diffusion_model.blocks.0.self_attn.q.lora"
+    save_file(
+        {f"{name}_A.weight": torch.ones(2, 128), f"{name}_B.weight": torch.ones(128, 2)}, lora
+    )
+    shards = tmp_path / "model-x"
+    shards.mkdir()
+    for number, part in enumerate(
+        (dict(list(weights.items())[::2]), dict(list(weights.items())[1::2]))
+    ):
+        save_file(part, shards / f"m-0000{number + 1}-of-00002.safetensors")
+    others = tmp_path / "out.safetensors.partial"
+    others.write_text("mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for arguments in (
+        ("convert", path, lora, f"--lora={lora}"),
+        ("convert", path, lora, f"--lora={lora}:0.5"),
+        ("convert", path, out, f"--lora={lora}", f"--json={lora}"),
+        ("convert", shards, shards / "m-00001-of-00002.safetensors"),
+        ("convert", path, tmp_path / "out.pt"),
+        ("convert", path, "/dev/null"),
+    ):
+        assert run(*arguments) == 2, arguments
+        assert capsys.readouterr().err.count("\n") == 1
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert run("convert", path, out) == 0
+    assert others.read_text() == "mine"
+
+
+def test_a_link_stays_a_link(weights: Weights, tmp_path: Path) -> None:
+    path, real, link = (tmp_path / f"{n}.safetensors" for n in ("model", "real", "link"))
+    save_file(weights, path)
+    link.symlink_to(real)
+    assert run("convert", path, link) == 0
+    assert link.is_symlink()
+    assert real.stat().st_size > 1000
+
+
+def test_convert_names_every_lora_key_without_a_place(weights: Weights, tmp_path: Path) -> None:
+    path, lora, out = (tmp_path / f"{n}.safetensors" for n in ("model", "lora", "out"))
+    save_file(weights, path)
+    name = "diffusion_model.blocks.0.self_attn.q.lora"
+    odd = {f"nowhere.{i}.lora_A.weight": torch.ones(2, 2) for i in range(5)}
+    save_file(
+        {f"{name}_A.weight": torch.ones(2, 128), f"{name}_B.weight": torch.ones(128, 2)} | odd, lora
+    )
+    said = tmp_path / "said.json"
+    assert run("convert", path, out, f"--lora={lora}", f"--json={said}") == 0
+    assert set(odd) <= set(json.loads(said.read_text())["unmatched_lora_keys"])
+
+
+def test_inspect_says_what_comfyui_sees_and_how_large_the_files_are(
+    weights: Weights, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file(weights, path)
+    assert not report(path, tmp_path)["marked_causal"]
+    assert report(path, tmp_path)["file_bytes"] == path.stat().st_size
+    assert run("convert", path, out) == 0
+    assert report(out, tmp_path)["marked_causal"]
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "transformer").mkdir(parents=True)
+    (pipeline / "vae").mkdir()
+    save_file(weights, pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file({"x": torch.ones(1000)}, pipeline / "vae" / "vae.safetensors")
+    said = report(pipeline, tmp_path)["file_bytes"]
+    inner = pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert said == inner.stat().st_size
+
+
+def test_inspects_json_says_what_is_wrong(weights: Weights, tmp_path: Path) -> None:
+    path, out = tmp_path / "model.safetensors", tmp_path / "said.json"
+    save_file(weights | {"head.head.bias": torch.full((64,), float("nan"))}, path)
+    assert run("inspect", path, f"--json={out}") == 2
+    assert "NaN" in json.loads(out.read_text())["problem"]
+    save_file(weights, path)
+    assert report(path, tmp_path)["problem"] is None
+
+
+@pytest.mark.parametrize(
+    "option", ["--frames=0", "--frames=2", "--device=meta", "--device=mps", "--size=7x7"]
+)
+def test_inspect_plans_only_for_what_can_run(option: str, capsys) -> None:
+    assert run("inspect", EMBEDDED, option) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_settings_follow_what_the_user_overrides(
+    weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A preset's sink shrinks into a smaller window; what cannot fit is refused at once."""
+    from lightforcing.lightforcing_core.checkpoints.families import family_by_name
+    from lightforcing.lightforcing_core.request import GenerateRequest, settings_for
+
+    longlive = family_by_name("longlive").preset
+
+    def settings(**changes):
+        request = GenerateRequest(prompt="x", out=tmp_path / "a.mp4", **changes)
+        return settings_for(request, longlive)[0]
+
+    assert (settings().window_frames, settings().sink_frames) == (12, 3)
+    assert settings(window_frames=4).sink_frames == 1
+    assert settings(window_frames=3).sink_frames == 0
+    assert settings(window_frames=-1).sink_frames == 0
+    two_step = family_by_name("causal_forcing_2step").preset
+    plain = settings_for(GenerateRequest("x", tmp_path / "a.mp4"), two_step)[0]
+    assert len(plain.first_chunk_steps) == 4
+    own = GenerateRequest("x", tmp_path / "a.mp4", steps=(1000.0, 500.0))
+    assert settings_for(own, two_step)[0].first_chunk_steps is None
+    shifted = GenerateRequest("x", tmp_path / "a.mp4", shift=1.0)
+    assert settings_for(shifted, two_step)[0].first_chunk_steps == pytest.approx(
+        (1000, 750, 500, 250)
+    )
