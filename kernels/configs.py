@@ -86,8 +86,12 @@ _WGMMA_POINTERS: _Table = _WGMMA | {
     (128, 128, 128): (128, 64, 8, 3),
     (64, 128, 64): (128, 64, 8, 3),
 }
-_TMA_TABLES = {90: _WGMMA, 100: _WGMMA}
-_POINTER_TABLES = {90: _WGMMA_POINTERS, 100: _WGMMA_POINTERS}
+# Not measured. 8 warps, since newer compilers spill with 4.
+_TCGEN05: _Table = _WGMMA_POINTERS
+# Only for strides that no descriptor can express: Triton 3.9 fails to pipeline masked loads here.
+_TCGEN05_POINTERS: _Table = {key: (m, n, w, 1) for key, (m, n, w, _) in _TCGEN05.items()}
+_TMA_TABLES = {90: _WGMMA, 100: _TCGEN05}
+_POINTER_TABLES = {90: _WGMMA_POINTERS, 100: _TCGEN05_POINTERS}
 
 
 def table_arch(capability: int) -> int:

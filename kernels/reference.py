@@ -117,7 +117,9 @@ def select_blocks(
         is_own &= (roles != ROLE_ABSENT).repeat_interleave(blocks_per_segment)
         tiers = tiers.masked_fill(is_own, 2)
 
-    selected = (_rank(scores, tiers) < top_k) & (tiers > 0)
+    # Among those that come first, ids decide and not scores.
+    ranks = _rank(scores.masked_fill(tiers == 2, 0.0), tiers)
+    selected = (ranks < top_k) & (tiers > 0)
     counts = selected.sum(3, dtype=torch.int32)
     ids = torch.arange(num_blocks, device=device, dtype=torch.int32)
     ids = torch.where(selected, ids, num_blocks).sort(3).values[..., :top_k]

@@ -1,0 +1,62 @@
+"""In this folder kernels run on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = not torch.cuda.is_available()
+
+
+def _import_kernels() -> None:
+    """Jitted functions are made when they are imported, compiled or interpreted for good."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import lightforcing.kernels.ops  # noqa: F401
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+if INTERPRETED:
+    _import_kernels()
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches look at the variable again."""
+    if INTERPRETED:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(params=["float32", "float16"] if INTERPRETED else ["float16", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Types the Triton kernels do here: the interpreter has no bfloat16, a GPU no float32."""
+    return getattr(torch, request.param)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is allocated but never written shows up as NaN, or as an absurd number."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            x = make(*args, **kwargs)
+            return x.fill_(float("nan") if x.is_floating_point() else 123456789)
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
