@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .common import EXIT_FAILED_CHECK, AddCommand, numbers, say, write_json
 
 if TYPE_CHECKING:
+    from ..layout import FrameSize
     from ..sparse_settings import SparseSettings
 
 _BENCHES = ("attention", "rollout", "vae")
@@ -41,6 +42,12 @@ def add_commands(command: AddCommand) -> None:
     )
     bench.add_argument("--target", type=float, default=0.88, metavar="X", help="sparsity")
     bench.add_argument("--base", type=float, metavar="X", help="limit of the growth")
+    bench.add_argument(
+        "--size",
+        action="append",
+        metavar="WIDTHxHEIGHT",
+        help="rollout and vae on a GPU; may be given several times (default 832x480, 768x512)",
+    )
     bench.add_argument("--chunks", type=numbers, help="attention only: chunks, from 0")
 
     compiling = command(
@@ -215,12 +222,17 @@ def _bench_attention(arguments: argparse.Namespace, device: Any) -> dict[str, An
     return bench_attention(case, device, arguments.runs or 30)
 
 
+def _sizes(arguments: argparse.Namespace) -> list[FrameSize]:
+    from ..layout import FrameSize
+
+    return [FrameSize.parse(text) for text in arguments.size or ("832x480", "768x512")]
+
+
 def _bench_rollout(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
     from ..bench.rollout import SMALL, RolloutCase, bench_rollout
-    from ..layout import FrameSize
     from ..sparse_settings import SparseSettings, make_schedule
 
-    sizes = (FrameSize(832, 480), FrameSize(768, 512))
+    sizes = _sizes(arguments)
     cases = [RolloutCase(size) for size in sizes] if device.type == "cuda" else [SMALL]
     schedule = make_schedule(arguments.target, base_sparsity=arguments.base)
     return bench_rollout(cases, device, SparseSettings(schedule=schedule), arguments.runs or 3)
@@ -228,11 +240,9 @@ def _bench_rollout(arguments: argparse.Namespace, device: Any) -> dict[str, Any]
 
 def _bench_vae(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
     from ..bench.vae import SMALL, VAECase, bench_vae
-    from ..layout import FrameSize
 
     small = device.type != "cuda"
-    sizes = (FrameSize(832, 480), FrameSize(768, 512))
-    cases = [SMALL] if small else [VAECase(size) for size in sizes]
+    cases = [SMALL] if small else [VAECase(size) for size in _sizes(arguments)]
     return bench_vae(cases, device, small=small, repeats=arguments.runs or 5)
 
 
