@@ -26,12 +26,14 @@ from .pickle_scan import (
     PickleScan,
     UnusualFile,
     name_code,
+    other_protocol,
 )
 
 ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_MAGIC = b"\x80"
 # The first two pickles of every file of the layout before torch 1.6: a magic number, version 1001.
-_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
+_OLD_NUMBER = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_OLD_MAGIC = b"\x80\x02" + _OLD_NUMBER + b"\x80\x02M\xe9\x03."
 
 _MAX_DIRECTORY_BYTES = 32 * 2**20
 # torch's own notes in an archive (version, byte order, ...) are a few bytes, and read whole.
@@ -62,7 +64,8 @@ def check_torch_file(path: Path) -> None:
         path: a regular file that starts with ZIP_MAGIC or PICKLE_MAGIC.
 
     Raises:
-        UserError: it is damaged, compressed, another kind of archive or pickle, or holds code.
+        UserError: it is damaged, compressed, another kind of archive or pickle, or holds objects
+            that could run code.
     """
     shown = one_line(path, 1000)
     try:
@@ -76,7 +79,8 @@ def check_torch_file(path: Path) -> None:
                 _check_old_layout(data)
     except HoldsCode as error:
         raise UserError(
-            f"{shown} holds code ('{one_line(error)}'), it was not loaded: ask its author for a "
+            f"{shown} holds a Python object ('{one_line(error)}') that weights-only loading does "
+            "not build and that could run code, it was not loaded: ask its author for a "
             ".safetensors file"
         ) from error
     except _OtherFile as error:
@@ -229,6 +233,8 @@ def _check_old_layout(data: mmap.mmap) -> None:
     stream = io.BytesIO(data[:MAX_PICKLE_BYTES])
     if data[: len(_OLD_MAGIC)] != _OLD_MAGIC:
         name_code(stream)
+        if _OLD_NUMBER in data[:64]:
+            raise UnusualFile(other_protocol(data[1]))
         raise _OtherFile("a Python pickle but not a checkpoint; give a .safetensors or .pt file")
     try:
         tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")

@@ -45,6 +45,11 @@ _MAX_ITEMS = 1_000_000
 _MAX_SHARING = 8
 _SAFETENSORS_EXTENSIONS = (".safetensors", ".sft")
 _TORCH_EXTENSIONS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+# What other programs go by, and open or run accordingly.
+_OTHER_EXTENSIONS = (
+    *(".gguf", ".onnx", ".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".webm", ".txt"),
+    *(".json", ".md", ".csv", ".html", ".yaml", ".yml", ".py", ".zip", ".tar", ".gz", ".7z"),
+)
 _EXPECTED = "expected a .safetensors or torch .pt file"
 
 
@@ -159,10 +164,12 @@ def _check_extension(path: Path, kind: str, known: tuple[str, ...]) -> None:
     """Raise when a name says that a file is something else than it is.
 
     Who trusts a file for being called .safetensors must not be given a pickle under that name, and
-    other programs go by the name. Names without an extension (caches have them) say nothing.
+    other programs go by the name. Names without an extension (caches have them) say nothing, and
+    neither does what looks like one but is no type of file ('Wan2.1-T2V-1.3B').
     """
     extension = path.suffix.lower()
-    if any(map(str.isalpha, extension)) and extension not in known:
+    claims = {*_SAFETENSORS_EXTENSIONS, *_TORCH_EXTENSIONS, *_OTHER_EXTENSIONS} - {*known}
+    if extension in claims:
         raise UserError(
             f"{one_line(path, 1000)} is a {kind} file under the wrong extension '{extension}'; "
             f"expected {known[0]}: rename it if you trust where it comes from"

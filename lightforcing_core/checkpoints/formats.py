@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import UserError
+from .archive import one_line
 from .metadata import OUR_KEY
 from .names import from_diffusers, is_diffusers, strip_noise
 from .quantised import Unscaled, take_scales
@@ -20,6 +21,9 @@ from .quantised import Unscaled, take_scales
 _MARKER = "patch_embedding.weight"
 _TIES = "blocks.0."  # a denoiser has blocks; an embedding alone is something else
 _HOST_PREFIXES = ("", "diffusion_model.", "model.diffusion_model.")
+_MAX_ROOTS = 64  # every one costs a pass over the names; trainers write three
+_AVERAGES = frozenset({"ema", "averaged", "average", "avg", "swa"})
+_SIDES = frozenset({"critic", "score", "discriminator", "teacher", "reward", "real", "fake"})
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,15 @@ class Recognised:
     @property
     def is_average(self) -> bool:
         """Whether these are the averaged (EMA) weights of a training checkpoint."""
-        return "ema" in _words(self.root)
+        return bool(_words(self.root) & _AVERAGES)
 
 
 def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Recognised:
     """Find the denoiser in a file.
 
     Raises:
-        UserError: there is none (says what there is), two tensors have one name, or scales do
-            not fit their weights.
+        UserError: there is none (says what there is), there are several and nothing says which
+            is meant, two tensors have one name, or scales do not fit their weights.
     """
     clean: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -57,13 +61,19 @@ def recognise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Rec
         if short in clean:
             raise UserError(f"two tensors become '{short}'; the file mixes several models")
         clean[short] = tensor
-    roots = sorted(_roots(clean), key=_rank)
+    roots = sorted(_roots(clean), key=lambda root: (_rank(root), root))
     if not roots:
         raise UserError(
             f"this file is {describe(clean)}, not a Wan denoiser; expected a tensor "
             f"'{_MARKER}': give the diffusion model's file here{_instead(clean)}"
         )
     root, *others = roots
+    if others and _rank(others[0]) == _rank(root):
+        raise UserError(
+            f"this file holds two denoisers, under '{one_line(root, 100)}' and "
+            f"'{one_line(others[0], 100)}', and which to use cannot be known; give a file with "
+            "one of them"
+        )
     inner = {k.removeprefix(root): v for k, v in clean.items() if k.startswith(root)}
     # A shorter prefix ('' beside 'ema.') also covers the names of the longer ones.
     nested = [other.removeprefix(root) for other in others if other.startswith(root)]
@@ -89,20 +99,28 @@ def _roots(tensors: Mapping[str, Tensor]) -> list[str]:
         root = name.removesuffix(_MARKER)
         if name.endswith(_MARKER) and (not root or root.endswith(".")):
             found.append(root)
-    with_blocks = {root for root in found if any(k.startswith(f"{root}{_TIES}") for k in tensors)}
+    if len(found) > _MAX_ROOTS:
+        raise UserError(
+            f"this file holds {len(found)} tensors '...{_MARKER}', expected at most {_MAX_ROOTS} "
+            "denoisers in a file; give another file"
+        )
+    with_blocks = set()
+    for root in found:
+        ties = f"{root}{_TIES}"
+        if any(name.startswith(ties) for name in tensors):
+            with_blocks.add(root)
     # A file whose first block is missing is still a denoiser, to be told so.
     return [root for root in found if root in with_blocks] or found
 
 
 def _words(root: str) -> set[str]:
-    return set(root.replace("_", ".").split("."))
+    return set(root.lower().replace("_", ".").split("."))
 
 
-def _rank(root: str) -> tuple[bool, bool, bool, int, str]:
+def _rank(root: str) -> tuple[bool, bool, bool, int]:
     """Sort key: no critic or teacher, then averages, then generators, then the shortest prefix."""
     words = _words(root)
-    side = bool(words & {"critic", "score", "discriminator", "teacher", "reward", "real", "fake"})
-    return side, "ema" not in words, "generator" not in words, len(root), root
+    return bool(words & _SIDES), not words & _AVERAGES, "generator" not in words, len(root)
 
 
 def describe(tensors: Mapping[str, Tensor]) -> str:

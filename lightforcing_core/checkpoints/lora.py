@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .archive import one_line
 from .lora_file import Difference, Lora, Pair, load_lora
 
 __all__ = [
@@ -35,6 +36,8 @@ _AS_WIDE = re.compile(
     r"blocks\.\d+\.(?:(?:self_attn|cross_attn)\.[qkvo]|ffn\.2)\.weight"
     r"|(?:patch_embedding|(?:text|time)_embedding\.[02])\.weight"
 )
+# Useful strengths are near 1; far larger ones overflow, and the base file would be blamed.
+MAX_STRENGTH = 1000.0
 _PUBLISHED_WIDTHS = {1536: "a 1.3B", 3072: "a 5B", 5120: "a 14B"}
 
 
@@ -81,12 +84,15 @@ def merge(name: str, weight: Tensor, loras: Sequence[tuple[Lora, float]]) -> Ten
         own dtype, no copy) when nothing touches it, which a strength of 0 does not.
 
     Raises:
-        UserError: a strength that is not finite.
+        UserError: a strength that is not finite or beyond `MAX_STRENGTH`.
     """
     parts: list[tuple[Pair | Difference, float]] = []
     for lora, strength in loras:
-        if not math.isfinite(strength):
-            raise UserError(f"{lora.name}: the strength must be a finite number, got {strength}")
+        if not abs(strength) <= MAX_STRENGTH:
+            raise UserError(
+                f"{lora.name}: the strength must be a finite number from {-MAX_STRENGTH:g} to "
+                f"{MAX_STRENGTH:g}, got {strength:g}; use one near 1"
+            )
         if strength != 0:
             parts += [(part, strength) for part in lora.updates.get(name, ())]
     if not parts:
@@ -131,21 +137,39 @@ def parse_strength(text: str) -> tuple[Path, float]:
     of a file that exists.
 
     Raises:
-        UserError: what follows the colon is no finite number.
+        UserError: what follows the colon is no finite number or beyond `MAX_STRENGTH`, or the
+            path is none that a file can have.
     """
     head, colon, tail = text.rpartition(":")
     drive = len(head) == 1 and head.isalpha()
-    if not colon or drive or re.search(r"[\\/]", tail) or Path(text).exists():
+    if not colon or drive or re.search(r"[\\/]", tail) or _exists(text, head):
         return Path(text), 1.0
     try:
         strength = float(tail)
     except ValueError:
         strength = math.nan
-    if not head or not math.isfinite(strength):
+    if not head or not abs(strength) <= MAX_STRENGTH:
         raise UserError(
-            f"a LoRA is given as FILE or FILE:STRENGTH with a finite number, got '{text}'"
+            "a LoRA is given as FILE or FILE:STRENGTH with a finite number from "
+            f"{-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, got '{one_line(text)}'"
         )
     return Path(head), strength
+
+
+def _exists(text: str, head: str) -> bool:
+    """Whether all of 'FILE:STRENGTH' is the name of a file."""
+    try:
+        return Path(text).exists()
+    except OSError:
+        # The longest names that a file can have are too long with a strength behind them.
+        pass
+    try:
+        Path(head).exists()
+    except OSError as error:
+        raise UserError(
+            f"a LoRA cannot be looked up at '{one_line(head)}' ({error.strerror}); check the path"
+        ) from error
+    return False
 
 
 def _check_shapes(lora: Lora, shapes: Mapping[str, torch.Size]) -> None:

@@ -20,13 +20,19 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .bounded_json import MAX_JSON_BYTES
 from .files import read_state_dict
 from .formats import describe
 from .names import from_diffusers, from_kohya, is_diffusers, parameter_of, strip_noise, strip_outer
 
 log = logging.getLogger("lightforcing")
 
-_TRAINED = "generator_lora."  # beside it, trainers save the critic's LoRA
+# Trainers save the critic's LoRA beside these. The average of a generator comes first.
+_TRAINED = ("generator_lora_ema.", "generator_lora.")
+# Of alpha: LoRAs have the rank or a few times it, and a product of larger ones overflows.
+_MAX_ALPHA = 1e6
+# diffusers' oldest layout: 'attn1.processor.to_q_lora.down.weight'.
+_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out|add_[kv]_proj)_lora\.(?=(alpha$)?)")
 # '.lora_A.weight', '.lora_A.default.weight', '.lora_down.weight', '.lora.down.weight', '.alpha'.
 _KEY = re.compile(
     r"(?P<module>.+?)(?:"
@@ -136,7 +142,7 @@ def load_lora(path: str | Path) -> Lora:
 
     Args:
         path: .safetensors, or a torch file (LongLive's lora.pt); beside a PEFT file an
-            adapter_config.json is read for alpha.
+            adapter_config.json is read for alpha. Also PEFT's folder with the two.
 
     Raises:
         UserError: no LoRA, one of another kind (DoRA, LoHa, LoKr, OFT), none of it for Wan, a
@@ -158,13 +164,18 @@ def load_lora(path: str | Path) -> Lora:
 
 
 def _read(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Lora:
-    if any(key.startswith(_TRAINED) for key in tensors):
-        tensors = {key: value for key, value in tensors.items() if key.startswith(_TRAINED)}
+    trained = [start for start in _TRAINED if any(key.startswith(start) for key in tensors)]
+    if trained:
+        tensors = {key: value for key, value in tensors.items() if key.startswith(trained[0])}
+    if trained[:1] == [_TRAINED[0]]:
+        others = ", ".join(f"'{start}'" for start in trained[1:])
+        passed = f", passed over {others}" if others else ""
+        log.info("%s: took the averaged LoRA, '%s'%s", path.name, trained[0], passed)
     for pattern, kind in _OTHER_KINDS:
         example = next((key for key in tensors if pattern.search(key)), None)
         if example is not None:
             raise UserError(f"this is {kind} ('{example}'), which is not supported; use a LoRA")
-    found = {key: _KEY.fullmatch(strip_outer(strip_noise(key))) for key in tensors}
+    found = {key: _KEY.fullmatch(_plain(key)) for key in tensors}
     matches = {key: match for key, match in found.items() if match is not None}
     if not matches:
         raise UserError(
@@ -206,6 +217,16 @@ def _read(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         unmatched=tuple(sorted(set(tensors) - used)),
         ranks=tuple(sorted({pair.down.shape[0] for pair in pairs})),
     )
+
+
+def _plain(key: str) -> str:
+    """A key without what stands before the model's own names, attention processors resolved."""
+    return _PROCESSOR.sub(_without_processor, strip_outer(strip_noise(key)))
+
+
+def _without_processor(match: re.Match[str]) -> str:
+    module = "to_out.0" if match[1] == "to_out" else match[1]
+    return f".{module}." if match[2] else f".{module}.lora."
 
 
 def _place(match: re.Match[str], diffusers: bool) -> tuple[str, str]:
@@ -289,22 +310,32 @@ def _check_numbers(key: str, tensor: Tensor) -> None:
 
 def _number(key: str, tensor: Tensor) -> float:
     value = tensor.item() if tensor.numel() == 1 and not tensor.is_complex() else math.nan
-    if not math.isfinite(value):
-        raise UserError(f"'{key}' must be one finite number; the file is damaged")
+    if not abs(value) <= _MAX_ALPHA:
+        raise UserError(
+            f"'{key}' must be one finite number, at most {_MAX_ALPHA:g}; the file is damaged"
+        )
     return float(value)
 
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> _Settings | None:
-    """The scale in the header (diffusers, or a plain 'lora_alpha') or in PEFT's file beside it."""
-    beside = path.with_name("adapter_config.json")
+    """The scale in the header (diffusers, or a plain 'lora_alpha') or in PEFT's file beside it.
+
+    Args:
+        path: a file, or the folder that holds the weights and PEFT's file.
+        metadata: of the header.
+    """
+    folder = path if path.is_dir() else path.parent
+    beside = folder / "adapter_config.json"
     inside = "lora_adapter_metadata" in metadata or "lora_alpha" in metadata
-    source = "its metadata" if inside else f"{beside.name} beside it"
+    source = "its metadata" if inside else f"{beside.name} {'in' if path.is_dir() else 'beside'} it"
     try:
         if "lora_adapter_metadata" in metadata:
             facts = json.loads(metadata["lora_adapter_metadata"])
         elif inside:
             facts = metadata
         elif beside.is_file():
+            if beside.stat().st_size > MAX_JSON_BYTES:
+                raise ValueError(f"{beside.stat().st_size} bytes of JSON are too much")
             facts = json.loads(beside.read_text(encoding="utf-8"))
         else:
             return None
@@ -323,8 +354,12 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> _Settings | None:
         raise UserError(
             f"alpha cannot be read from {source} ({error}); correct or remove it"
         ) from error
-    if not all(map(math.isfinite, (settings.alpha, *patterns.values()))):
-        raise UserError(f"alpha in {source} is not a finite number; correct or remove it")
+    # NaN is not smaller than anything.
+    if not all(abs(alpha) <= _MAX_ALPHA for alpha in (settings.alpha, *patterns.values())):
+        raise UserError(
+            f"alpha in {source} is not a finite number of at most {_MAX_ALPHA:g}; correct or "
+            "remove it"
+        )
     log.info("%s: alpha %g is from %s", path.name, settings.alpha, source)
     return settings
 

@@ -17,12 +17,17 @@ _OUTER = frozenset(
     {
         "base_model",
         "diffusion_model",
+        "dit",
         "generator",
         "generator_ema",
         "generator_lora",
+        "generator_lora_ema",
         "model",
+        "net",
+        "pipe",
         "state_dict",
         "transformer",
+        "unet",
     }
 )
 
@@ -93,6 +98,8 @@ _DIFFUSERS_IN_BLOCK = {
 # It proves no layout: 'norm2' is a name (without parameters) in Wan's blocks too.
 _DIFFUSERS_NORM = {"norm2": "norm3"}
 
+_LONGEST = 1 + max(name.count(".") for name in (*_DIFFUSERS_TOP, *_DIFFUSERS_IN_BLOCK))
+
 _BLOCK = re.compile(r"blocks\.([0-9]+)\.(.+)")
 _KOHYA_BLOCK = re.compile(r"blocks_([0-9]+)_(.+)")
 _KOHYA_PREFIX = re.compile(r"(?:lora_unet|lora_transformer|lycoris)__?")
@@ -111,7 +118,12 @@ def strip_outer(name: str) -> str:
     """
     segments = name.split(".")
     start = 0
-    while start < len(segments) - 1 and segments[start] in _OUTER:
+    # 'net' before a number is a list of layers in diffusers ('ffn.net.2'), not a container.
+    while (
+        start < len(segments) - 1
+        and segments[start] in _OUTER
+        and not segments[start + 1].isdecimal()
+    ):
         start += 1
     return ".".join(segments[start:])
 
@@ -178,7 +190,8 @@ def _renamed(name: str, top: dict[str, str], in_block: dict[str, str]) -> str | 
     if block is not None:
         before, rest, table = f"blocks.{block[1]}.", block[2], in_block
     segments = rest.split(".")
-    for end in range(len(segments), 0, -1):
+    # No further: a hostile name has hundreds of segments, and a file thousands of such names.
+    for end in range(min(len(segments), _LONGEST), 0, -1):
         found = table.get(".".join(segments[:end]))
         if found is not None:
             return before + ".".join([found, *segments[end:]])

@@ -51,6 +51,7 @@ _DTYPES = {
 _CALLS = {
     "collections.OrderedDict",
     "collections.Counter",
+    "builtins.complex",
     "builtins.set",
     "torch.Size",
     "torch.device",
@@ -105,6 +106,14 @@ class Storage:
 
 _TENSOR = object()
 _OTHER = object()
+
+
+def other_protocol(protocol: int) -> str:
+    """What is wrong with a pickle of another protocol than torch's own, 2."""
+    return (
+        f"saved with pickle_protocol={protocol}, which torch's weights-only loading does not read; "
+        "it reads 2, the default of torch.save"
+    )
 
 
 def name_code(stream: io.BytesIO) -> None:
@@ -191,6 +200,8 @@ class PickleScan:
             elif name != "PROTO" or argument != 2:
                 self._stream.seek(start)
                 name_code(self._stream)
+                if name == "PROTO":
+                    raise UnusualFile(other_protocol(argument))
                 raise UnusualFile(f"{name} in its pickle, which torch does not write")
         return self._stack.pop()
 
@@ -304,6 +315,8 @@ class PickleScan:
             case "Size", (tuple(sizes),):
                 self._count_copy(len(sizes))
                 return tuple(_count(size) for size in sizes)
+            case "complex", (float() | int(), float() | int()):
+                return _OTHER
             case "device", (str(),) | (str(), int()):
                 return _OTHER
             case "encode", (str(text), "latin1"):

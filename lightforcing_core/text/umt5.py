@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..checkpoints.archive import one_line
 from ..checkpoints.files import read_state_dict
 from ..checkpoints.formats import describe
 from ..checkpoints.quantised import check_plain, take_scales
@@ -40,6 +41,12 @@ _TABLE = "shared.weight"
 _QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
 _BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 _GATE = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+_BLOCK = re.compile(r"encoder\.block\.([0-9]+)\.")
+# Of every size that a file can claim; UMT5-XXL has 256384 rows, 10240 wide, in 24 blocks.
+_MAX_SIZE = 2**20
+_MAX_BLOCKS = 100
+# Relative positions are counted in a quarter of the buckets, up to 128 in steps of growing size.
+_BUCKETS = (4, 256)
 
 # Wan's own names -> Hugging Face names; N is the block index.
 _WAN_BLOCK_NAMES = {
@@ -134,7 +141,12 @@ def _json_tokenizer(file: Path) -> Tokenizer:
         from tokenizers import Tokenizer as JsonTokenizer
     except ImportError as error:
         raise UserError(f"the UMT5 text encoder needs tokenizers: {_INSTALL}") from error
-    tokenizer = JsonTokenizer.from_file(str(file))
+    try:
+        tokenizer = JsonTokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(
+            f"damaged tokenizer {file} ({one_line(error)}); fetch the text encoder again"
+        ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return lambda text: tokenizer.encode(text).ids
@@ -156,25 +168,62 @@ def _find_tokenizer(path: Path) -> Tokenizer:
     )
 
 
+def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The sizes of a state dict of Hugging Face names, as UMT5Config calls them.
+
+    Raises:
+        UserError: they are those of no network, or of one that nobody has.
+    """
+    for name in (_TABLE, _QUERY, _BIAS, _GATE):
+        shape = list(tensors[name].shape)
+        if len(shape) != 2 or not all(1 <= size <= _MAX_SIZE for size in shape):
+            raise UserError(
+                f"'{name}' has shape {shape}, expected two sizes from 1 to {_MAX_SIZE}; the file "
+                "is damaged: fetch the text encoder again"
+            )
+    vocabulary, width = tensors[_TABLE].shape
+    buckets, heads = tensors[_BIAS].shape
+    rows = tensors[_QUERY].shape[0]
+    if rows % heads:
+        raise UserError(
+            f"'{_QUERY}' has {rows} rows, expected a multiple of its {heads} heads; fetch the text "
+            "encoder again"
+        )
+    if not _BUCKETS[0] <= buckets <= _BUCKETS[1]:
+        raise UserError(
+            f"'{_BIAS}' has {buckets} rows, expected {_BUCKETS[0]} to {_BUCKETS[1]}; fetch the "
+            "text encoder again"
+        )
+    last = 0
+    for name in tensors:
+        match = _BLOCK.match(name)
+        if match is None:
+            continue
+        # Before it is made a number: there may be a thousand digits.
+        if len(match[1]) > len(str(_MAX_BLOCKS)) or int(match[1]) >= _MAX_BLOCKS:
+            raise UserError(
+                f"'{one_line(name, 80)}' is of a block that UMT5-XXL has not, expected at most "
+                f"{_MAX_BLOCKS}; fetch the text encoder again"
+            )
+        last = max(last, int(match[1]))
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": rows // heads,
+        "d_ff": tensors[_GATE].shape[0],
+        "num_layers": 1 + last,
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+
+
 def _build(tensors: dict[str, Tensor]) -> UMT5EncoderModel:
     """The transformers module for a state dict of Hugging Face names, weights taken as they are."""
     try:
         from transformers import UMT5Config, UMT5EncoderModel
     except ImportError as error:
         raise UserError(f"the UMT5 text encoder needs transformers: {_INSTALL}") from error
-    vocabulary, width = tensors[_TABLE].shape
-    buckets, heads = tensors[_BIAS].shape
-    config = UMT5Config(
-        vocab_size=vocabulary,
-        d_model=width,
-        d_kv=tensors[_QUERY].shape[0] // heads,
-        d_ff=tensors[_GATE].shape[0],
-        num_layers=1 + max(int(name.split(".")[2]) for name in tensors if ".block." in name),
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
+    config = UMT5Config(**_sizes(tensors), feed_forward_proj="gated-gelu", dropout_rate=0.0)
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     # One table under two names; loading by assignment would make two of them.
@@ -241,8 +290,17 @@ class UMT5Encoder:
                 f"{path}: this is {describe(tensors)}, not UMT5-XXL (no {absent[0]}); give Wan's "
                 "text encoder, such as umt5_xxl_fp16.safetensors"
             )
+        try:
+            _sizes(encoder_only)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         if piece is None:
             tokenizer = _find_tokenizer(path)
+        elif piece.dtype not in (torch.uint8, torch.int8):
+            raise UserError(
+                f"{path}: its tokenizer '{_SPIECE}' is {str(piece.dtype).removeprefix('torch.')}, "
+                "expected bytes; fetch the text encoder again"
+            )
         else:
             tokenizer = _sentencepiece_tokenizer(data=piece.numpy().tobytes())
         try:

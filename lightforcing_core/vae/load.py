@@ -10,6 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from ..checkpoints.archive import one_line
 from ..checkpoints.files import read_state_dict
 from ..checkpoints.formats import describe
 from ..checkpoints.metadata import OUR_KEY, read_facts
@@ -51,8 +52,8 @@ def _file_conventions(path: Path, metadata: Mapping[str, str]) -> dict[str, str]
     for name, allowed in choices.items():
         if name in facts and facts[name] not in allowed:
             raise UserError(
-                f"{path}: metadata '{OUR_KEY}' says {name} = {facts[name]!r}, expected "
-                f"{' or '.join(allowed)}"
+                f"{path}: metadata '{OUR_KEY}' says {name} = {one_line(repr(facts[name]), 80)}, "
+                f"expected {' or '.join(allowed)}; correct the file's metadata"
             )
     return {name: str(facts[name]) for name in choices if name in facts}
 
@@ -110,7 +111,13 @@ def load_vae(
 
 
 def _load_taehv(tensors: dict[str, Tensor]) -> TAEHV:
-    channels = TAEHVConfig.from_state_dict(tensors).latent_channels
+    config = TAEHVConfig.from_state_dict(tensors)
+    if config.image_channels != 3:
+        raise UserError(
+            f"this TAEHV file makes {config.image_channels} channels, expected the 3 of RGB; give "
+            "taew2_1 or lighttaew2_1"
+        )
+    channels = config.latent_channels
     if channels != LATENT_CHANNELS:
         raise UserError(
             f"this TAEHV file has {channels} latent channels, Wan 2.1 has {LATENT_CHANNELS}; "

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .weights import load_exactly
+from .weights import load_exactly, require_shapes
 
 FRAMES_PER_LATENT = 4
 FRAMES_TO_TRIM = FRAMES_PER_LATENT - 1
@@ -36,6 +36,7 @@ _ENCODER_STAGES = (4, 9, 14)
 _ENCODER_TIME_STRIDES = (2, 2, 1)
 _MEM_BLOCKS = _BLOCKS_PER_STAGE * len(_DECODER_STAGES)
 _LATENT_LIMIT = 3.0
+_DO = "give a complete file of the TAEHV family (taew2_1, lighttaew2_1)"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class TAEHVConfig:
             tensors: a TAEHV state dict; the encoder may be absent.
 
         Raises:
-            UserError: the decoder's convolutions are missing or are not 4-D.
+            UserError: the decoder's convolutions are missing, are not 4-D, or have sizes that no
+                network has.
         """
         needed = [f"decoder.{index}.weight" for index in (1, 8, 14, 20, 22)]
         absent = [name for name in needed if name not in tensors or tensors[name].ndim != 4]
@@ -86,6 +88,8 @@ class TAEHVConfig:
                 f"not a TAEHV state dict: {', '.join(absent)} missing or not a 2-D convolution; "
                 "give a file of the TAEHV family (taew2_1, lighttaew2_1)"
             )
+        names = [*needed, *(["encoder.0.weight"] if "encoder.0.weight" in tensors else [])]
+        require_shapes(tensors, dict.fromkeys(names, 4), do=_DO)
         first, *stages, last = (tensors[name].shape for name in needed)
         encoder = tensors.get("encoder.0.weight")
         return cls(
@@ -290,13 +294,13 @@ class TAEHV(nn.Module):
         fitted = dict(tensors)
         for first_block in _DECODER_STAGES:
             name = f"decoder.{first_block + _BLOCKS_PER_STAGE + 1}.conv.weight"
-            if name in fitted and fitted[name].shape[0] > own[name].shape[0]:
+            if name in fitted and fitted[name].shape[:1] > own[name].shape[:1]:
                 fitted[name] = fitted[name][-own[name].shape[0] :]
         load_exactly(
             self,
             fitted,
             what="TAEHV",
-            do="give a complete file of the TAEHV family (taew2_1, lighttaew2_1)",
+            do=_DO,
         )
 
     def decode(

@@ -29,7 +29,7 @@ from .wan_vae_modules import (
     ResidualBlock,
     Upsampler,
 )
-from .weights import describe_problems, load_exactly
+from .weights import describe_problems, load_exactly, require_shapes
 
 FRAMES_PER_LATENT = 4
 SPATIAL_SCALE = 8
@@ -39,6 +39,7 @@ _ENCODER_BLOCKS = 2  # residual blocks per stage
 _DECODER_BLOCKS = 3
 _ENCODER_TEMPORAL = (False, True, True)  # which of the three downsamplers halve the frame rate
 _DECODER_TEMPORAL = (True, True, False)
+_DO = "give Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a lightvaew2_1 file"
 
 Widths5 = tuple[int, int, int, int, int]
 
@@ -72,8 +73,8 @@ class WanVAEConfig:
         """Read the channel counts from tensors under the published names.
 
         Raises:
-            UserError: a tensor that decides a width is missing, or the latents have not 16
-                channels.
+            UserError: a tensor that decides a width is missing or no convolution, or the latents
+                have not 16 channels.
         """
         decoder = ["decoder.conv1.weight"]
         decoder += [f"decoder.upsamples.{4 * i}.residual.6.weight" for i in range(4)]
@@ -84,10 +85,10 @@ class WanVAEConfig:
         needed = decoder + upsampled + (encoder if has_encoder else [])
         absent = [f"missing {name}" for name in needed if name not in tensors]
         if absent:
-            raise UserError(
-                f"not a Wan 2.1 VAE state dict: {describe_problems(absent)}; "
-                "give Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a lightvaew2_1 file"
-            )
+            raise UserError(f"not a Wan 2.1 VAE state dict: {describe_problems(absent)}; {_DO}")
+        # Those that enlarge work on pictures, the others on video.
+        dims = {name: 4 if name in upsampled else 5 for name in needed}
+        require_shapes(tensors, dims, do=_DO)
         channels = tensors[decoder[0]].shape[1]
         if channels != LATENT_CHANNELS:
             raise UserError(
@@ -216,7 +217,7 @@ class WanVAE(nn.Module):
             model,
             tensors,
             what="Wan VAE",
-            do="give Wan2.1_VAE.pth, wan_2.1_vae.safetensors or a lightvaew2_1 file",
+            do=_DO,
         )
         return model
 

@@ -10,12 +10,36 @@ from torch import Tensor, nn
 from ..errors import UserError
 
 _MAX_NAMED = 4
+_MAX_SIZE = 2**14  # the widest layer of the published VAEs has 512 channels
 
 
 def describe_problems(problems: list[str]) -> str:
     """Join problems to one line that names the first few and counts the rest."""
     more = f" and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
     return "; ".join(problems[:_MAX_NAMED]) + more
+
+
+def require_shapes(tensors: Mapping[str, Tensor], dims: Mapping[str, int], *, do: str) -> None:
+    """Raise unless tensors that sizes are read from can be weights of convolutions.
+
+    Args:
+        tensors: the state dict; must hold all of `dims`.
+        dims: how many dimensions each must have, by name.
+        do: what the user can do, for the message.
+
+    Raises:
+        UserError: another number of dimensions, a size of 0 or beyond every VAE, or no floats.
+    """
+    for name, count in dims.items():
+        tensor = tensors[name]
+        shape = list(tensor.shape)
+        if len(shape) != count or not all(1 <= size <= _MAX_SIZE for size in shape):
+            raise UserError(
+                f"{name} has shape {shape}, expected {count} sizes from 1 to {_MAX_SIZE}; {do}"
+            )
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{name} holds {kind}, expected floating-point numbers; {do}")
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], *, what: str, do: str) -> None:

@@ -13,10 +13,11 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,26 +142,29 @@ def test_plain_files_read_to_the_same_tensors(kind: str, tmp_path: Path) -> None
         assert torch.equal(read[name].float(), value.float())
 
 
-@pytest.mark.parametrize("name", ["m", "m.sft", "m.SAFETENSORS", "a1b2c3", "model.v2.1"])
+@pytest.mark.parametrize(
+    "name",
+    ["m", "m.sft", "m.SAFETENSORS", "a1b2c3", "model.v2.1", "Wan2.1-T2V-1.3B", "Wan2.1-14B.bf16"],
+)
 def test_names_that_say_nothing_else_are_taken(name: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / name)
     assert list(read_state_dict(tmp_path / name)[0]) == ["a"]
 
 
-@pytest.mark.parametrize("name", ["m.pth", "m.ckpt", "m.bin", "m", "m.PT"])
+@pytest.mark.parametrize("name", ["m.pth", "m.ckpt", "m.bin", "m", "m.PT", "Wan2.1-T2V-1.3B"])
 def test_torch_files_have_many_names(name: str, tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / name)
     assert list(read_state_dict(tmp_path / name)[0]) == ["a"]
 
 
-@pytest.mark.parametrize("name", ["m.safetensors", "m.png", "m.txt"])
+@pytest.mark.parametrize("name", ["m.safetensors", "m.sft", "m.png", "m.txt", "m.py"])
 def test_a_pickle_under_another_name_is_refused(name: str, tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / name)
     with pytest.raises(UserError, match=r"torch file under the wrong extension.*expected \.pt"):
         read_state_dict(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["m.pt", "m.gguf", "m.mp4"])
+@pytest.mark.parametrize("name", ["m.pt", "m.bin", "m.GGUF", "m.mp4", "m.zip"])
 def test_safetensors_under_another_name_are_refused(name: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / name)
     with pytest.raises(UserError, match=r"wrong extension.*expected \.safetensors"):
@@ -418,7 +422,8 @@ def test_a_bare_pickle_with_code_is_refused_by_the_name_of_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     message = refused_bytes(tmp_path, pickle.dumps({"generator": RunsCode()}, protocol))
-    assert f"holds code ('{os.name}.system')" in message
+    assert f"a Python object ('{os.name}.system') that weights-only loading does not" in message
+    assert "could run code" in message
     assert ".safetensors" in message
 
 
@@ -432,9 +437,9 @@ def test_a_torch_file_with_code_is_refused_by_the_name_of_it(
     path = tmp_path / "m.pt"
     torch.save(content, path, _use_new_zipfile_serialization=not old, pickle_protocol=protocol)
     if old and protocol == 4:
-        assert "not a checkpoint" in refused(path) or "holds code" in refused(path)
+        assert "pickle_protocol=4" in refused(path)
     else:
-        assert f"holds code ('{os.name}.system')" in refused(path)
+        assert f"holds a Python object ('{os.name}.system') that" in refused(path)
     assert not Path("should_not_exist").exists()
 
 
@@ -452,7 +457,57 @@ def test_a_torch_file_with_code_is_refused_by_the_name_of_it(
 )
 def test_globals_that_no_tensor_needs_are_refused(name: str, tmp_path: Path) -> None:
     content = b"c" + name.replace(" ", "\n").encode() + b"\n" + HUGE + b"\x85R"
-    assert "holds code (" in refused_bytes(tmp_path, archive(content))
+    assert "that could run code" in refused_bytes(tmp_path, archive(content))
+
+
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        (numpy.float32(0.5), "numpy"),
+        (defaultdict(int), "collections.defaultdict"),
+        (PurePosixPath("a"), "pathlib.PurePosixPath"),
+    ],
+    ids=["numpy", "defaultdict", "path"],
+)
+def test_harmless_objects_are_refused_for_what_they_are(
+    extra: object, name: str, tmp_path: Path
+) -> None:
+    """torch's own weights-only loading builds none of them."""
+    path = tmp_path / "m.pt"
+    torch.save({"w": torch.zeros(2), "extra": extra}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    message = refused(path)
+    assert f"a Python object ('{name}" in message
+    assert "weights-only loading does not build" in message
+    assert "holds code" not in message
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_another_pickle_protocol_is_called_by_its_number(
+    old: bool, protocol: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.pt"
+    content = {"w": torch.zeros(2)}
+    torch.save(content, path, _use_new_zipfile_serialization=not old, pickle_protocol=protocol)
+    if protocol > 3:
+        with warnings.catch_warnings(), pytest.raises(pickle.UnpicklingError):
+            warnings.simplefilter("ignore")
+            torch.load(path, weights_only=True)
+    message = refused(path)
+    assert f"saved with pickle_protocol={protocol}" in message
+    assert "default of torch.save" in message
+
+
+def test_a_complex_number_is_built_from_two_numbers_only(tmp_path: Path) -> None:
+    for old in (False, True):
+        content = {"w": torch.ones(2), "pole": 1 + 2j}
+        torch.save(content, tmp_path / "m.pt", _use_new_zipfile_serialization=not old)
+        assert list(read_state_dict(tmp_path / "m.pt")[0]) == ["w"]
+    (tmp_path / "m.pt").unlink()
+    content = b"cbuiltins\ncomplex\n" + text("1" * 100) + b"\x85R"
+    assert "strange arguments" in refused_bytes(tmp_path, archive(content))
 
 
 # ---- torch files that ask for too much ----

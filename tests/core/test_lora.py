@@ -126,6 +126,16 @@ NAMINGS: dict[str, Callable[[Factors], dict[str, Tensor]]] = {
         diffusers,
     ),
     "diffusers bare": lambda f: named(f, "", A, B, diffusers),
+    "diffusers attention processors": lambda f: {
+        re.sub(r"\.(to_[qkv]|to_out)(?:\.0)?\.lora\.", r".processor.\1_lora.", key): value
+        for key, value in named(
+            f, "unet.", ".lora.down.weight", ".lora.up.weight", diffusers
+        ).items()
+    },
+    "net": lambda f: named(f, "net.", A, B),
+    "dit": lambda f: named(f, "dit.", DOWN, UP),
+    "pipe.dit": lambda f: named(f, "pipe.dit.", A, B),
+    "an average": lambda f: named(f, "generator_lora_ema.base_model.model.", A, B),
     "kohya": lambda f: named(f, "lora_unet_", DOWN, UP, underscored),
     "kohya two underscores": lambda f: named(f, "lora_unet__", DOWN, UP, underscored),
     "kohya over diffusers": lambda f: named(
@@ -307,13 +317,29 @@ def test_merging_holds_a_parameter_twice_at_most() -> None:
         assert len(allocations.seen) == most
 
 
-@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), 1e300, -1e38, 1000.5])
 def test_a_strength_must_be_finite(
     strength: float, factors: Factors, weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
     lora = load(peft(factors), tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match="finite"):
         merge("head.head.weight", weights["head.head.weight"], [(lora, strength)])
+
+
+def test_the_average_of_a_lora_comes_before_the_lora(
+    factors: Factors, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lightforcing")
+    live = {
+        f"generator_lora.{key}": torch.zeros_like(value) for key, value in peft(factors).items()
+    }
+    average = {f"generator_lora_ema.{key}": value for key, value in peft(factors).items()}
+    lora = load(live | average, tmp_path / "lora.safetensors")
+    assert all(bool(pair.up.any()) for (pair,) in lora.updates.values())
+    assert lora.unmatched == ()
+    assert "took the averaged LoRA, 'generator_lora_ema.', passed over 'generator_lora.'" in (
+        caplog.text
+    )
 
 
 def test_the_longlive_layout_is_matched_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,6 +440,28 @@ def test_alpha_may_stand_in_the_file_that_peft_writes_beside(
     assert {pair.scale for (pair,) in other.updates.values()} == {1.0}
 
 
+def test_alpha_of_a_peft_folder_stands_in_the_folder(
+    factors: Factors, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lightforcing")
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 6}))
+    # Of another LoRA, beside the folder.
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3}))
+    load(peft(factors), folder / "adapter_model.safetensors")
+    assert {pair.scale for (pair,) in load_lora(folder).updates.values()} == {2.0}
+    assert "alpha 6 is from adapter_config.json in it" in caplog.text
+
+
+def test_alpha_of_an_attention_processor_is_its_own(factors: Factors, tmp_path: Path) -> None:
+    tensors = NAMINGS["diffusers attention processors"](factors)
+    tensors["unet.blocks.1.attn1.processor.to_out_lora.alpha"] = torch.tensor(9.0)
+    lora = load(tensors, tmp_path / "lora.safetensors")
+    assert [pair.scale for pair in lora.updates["blocks.1.self_attn.o.weight"]] == [3.0]
+    assert lora.unmatched == ()
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -426,8 +474,11 @@ def test_alpha_may_stand_in_the_file_that_peft_writes_beside(
         '{"lora_alpha": 1, "alpha_pattern": {"a": "b"}}',
         '{"lora_alpha": 1, "alpha_pattern": 3}',
         '{"lora_alpha": 1' + "0" * 400 + "}",
+        '{"lora_alpha": 1' + "0" * 5000 + "}",
+        '{"lora_alpha": 1e300}',
+        '{"lora_alpha": 1, "alpha_pattern": {"a": -1e300}}',
     ],
-    ids=range(9),
+    ids=range(12),
 )
 def test_nonsense_for_alpha_is_refused(text: str, factors: Factors, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(text)
@@ -462,6 +513,7 @@ Q = "diffusion_model.blocks.0.self_attn.q"
         ({f"{Q}.lora_up.weight": torch.ones(24, 3, dtype=torch.int8)}, "int8"),
         ({f"{Q}.alpha": torch.tensor(torch.nan)}, "alpha.*finite"),
         ({f"{Q}.alpha": torch.ones(2)}, "alpha.*one finite"),
+        ({f"{Q}.alpha": torch.tensor(1e300, dtype=torch.float64)}, "alpha.*at most 1e"),
         ({"blocks.0.self_attn.q.lora_up.weight": torch.ones(24, 3)}, "are one update"),
         ({f"{Q}.lora_A.other.weight": torch.ones(3, 24)}, "are one update"),
     ],
@@ -588,6 +640,8 @@ def test_the_hosts_names_lead_to_the_same_weights(
         ("C:x.safetensors", "C:x.safetensors", 1.0),
         ("a:b/x.pt", "a:b/x.pt", 1.0),
         ("a:b.pt:1e-1", "a:b.pt", 0.1),
+        ("x.pt:-1000", "x.pt", -1000.0),
+        ("x" * 253 + ":0.5", "x" * 253, 0.5),  # with the strength no name that a file can have
     ],
 )
 def test_a_strength_follows_the_last_colon(text: str, path: str, strength: float) -> None:
@@ -603,7 +657,18 @@ def test_a_file_that_exists_is_taken_by_its_name(
     assert parse_strength("style:2:0.5") == (Path("style:2"), 0.5)
 
 
-@pytest.mark.parametrize("text", ["x.pt:", "x.pt:nan", "x.pt:inf", "x.pt:strong", ":1"])
+@pytest.mark.parametrize(
+    "text",
+    ["x.pt:", "x.pt:nan", "x.pt:inf", "x.pt:strong", ":1", "x.pt:1e300", "x.pt:1e38", "x.pt:-1001"],
+)
 def test_other_strengths_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="FILE:STRENGTH"):
         parse_strength(text)
+
+
+def test_a_path_that_no_file_can_have_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"cannot be looked up.*check the path"):
+        parse_strength("x" * 300 + ":0.5")
+    path, _ = parse_strength("x" * 300)
+    with pytest.raises(UserError, match=r"cannot read.*check the path"):
+        load_lora(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -104,6 +106,13 @@ def test_what_follows_the_module_stays() -> None:
     assert from_diffusers("blocks.12.norm2.weight") == "blocks.12.norm3.weight"
 
 
+def test_names_of_endless_segments_take_no_time() -> None:
+    started = time.perf_counter()
+    names = [f"blocks.{i}." + "a." * 480 for i in range(16_000)]
+    assert not is_diffusers(names)
+    assert time.perf_counter() - started < 5
+
+
 def test_the_layout_is_told_from_the_names() -> None:
     assert is_diffusers(to_diffusers(name) for name in ALL_NAMES)
     assert not is_diffusers(ALL_NAMES)
@@ -141,6 +150,11 @@ def test_only_whole_segments_are_noise() -> None:
         "generator_lora.base_model.model.",
         "generator_ema.model.",
         "state_dict.generator.model.",
+        "generator_lora_ema.",
+        "net.",
+        "dit.",
+        "pipe.dit.",
+        "unet.",
     ],
 )
 def test_what_stands_before_the_model_is_removed(prefix: str) -> None:
@@ -148,7 +162,12 @@ def test_what_stands_before_the_model_is_removed(prefix: str) -> None:
 
 
 def test_other_prefixes_stay() -> None:
-    for name in ("critic_lora.blocks.0.ffn.0.weight", "text_encoder.model.weight", "model"):
+    for name in (
+        "critic_lora.blocks.0.ffn.0.weight",
+        "text_encoder.model.weight",
+        "model",
+        "net.2.lora_A.weight",
+    ):
         assert strip_outer(name) == name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import time
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,59 @@ def test_errors_name_the_thing_and_what_to_do(
     path = single_file(tmp_path / "nan.safetensors", nan, umt5_piece)
     with pytest.raises(UserError, match="NaN"):
         UMT5Encoder.load(path).encode(PROMPT)
+
+
+QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
+BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+GATE = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"a.block.b": torch.zeros(1)}, r"unexpected a\.block\.b"),
+        ({"a.block.9999999.x": torch.zeros(1)}, "unexpected"),
+        ({"encoder.block.9999999.x": torch.zeros(1)}, "of a block that UMT5-XXL has not"),
+        ({f"encoder.block.{'9' * 900}.x": torch.zeros(1)}, "of a block that UMT5-XXL has not"),
+        ({"encoder.block.x.y": torch.zeros(1)}, "unexpected"),
+        ({"shared.weight": torch.zeros(4)}, r"'shared\.weight' has shape \[4\]"),
+        ({"shared.weight": torch.zeros(2**40, 0)}, r"'shared\.weight' has shape"),
+        ({BIAS: torch.zeros(8, 0)}, "has shape"),
+        ({BIAS: torch.zeros(8, 64)}, "32 rows, expected a multiple of its 64 heads"),
+        ({BIAS: torch.zeros(1, 4)}, "1 rows, expected 4 to 256"),
+        ({QUERY: torch.tensor(1.0)}, "has shape"),
+        ({GATE: torch.zeros(0, 2**60)}, "has shape"),
+        ({"spiece_model": torch.zeros(4).bfloat16()}, "'spiece_model' is bfloat16"),
+    ],
+    ids=range(13),
+)
+def test_sizes_that_no_encoder_has_are_one_line(
+    change: dict[str, Tensor],
+    said: str,
+    tmp_path: Path,
+    umt5_weights: dict[str, Tensor],
+    umt5_piece: bytes,
+) -> None:
+    path = tmp_path / "umt5.safetensors"
+    piece = {"spiece_model": torch.tensor(list(umt5_piece), dtype=torch.uint8)}
+    save_file(umt5_weights | piece | change, path)
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=said) as caught:
+        UMT5Encoder.load(path)
+    assert time.perf_counter() - started < 10
+    assert str(caught.value).isprintable()
+    assert str(path) in str(caught.value)
+
+
+def test_a_damaged_json_tokenizer_is_one_line(
+    tmp_path: Path, umt5_weights: dict[str, Tensor]
+) -> None:
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    save_file(umt5_weights, tmp_path / "umt5.safetensors")
+    with pytest.raises(UserError, match=r"damaged tokenizer .*tokenizer\.json") as caught:
+        UMT5Encoder.load(tmp_path / "umt5.safetensors")
+    assert str(caught.value).isprintable()
 
 
 def test_a_json_tokenizer_serves_where_there_is_no_sentencepiece_file(

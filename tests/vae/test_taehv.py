@@ -211,6 +211,12 @@ def test_loading_reads_widths_keeps_dtype_and_leaves_the_random_state_alone() ->
         ({"decoder.3.conv.2.bias": torch.ones(5)}, r"bias is \[5\], expected \[12\]"),
         ({"decoder.1.weight": None}, "not a TAEHV state dict"),
         ({"decoder.22.bias": torch.full((3,), float("nan"))}, r"NaN.*decoder\.22\.bias"),
+        ({"decoder.8.weight": torch.ones(0, 12, 3, 3)}, r"decoder\.8\.weight has shape \[0, 12"),
+        ({"decoder.1.weight": torch.ones(2**60, 0, 3, 3)}, r"decoder\.1\.weight has shape"),
+        ({"decoder.1.weight": torch.ones(12, 16, 3, 3).char()}, r"decoder\.1\.weight holds int8"),
+        ({"encoder.0.weight": torch.tensor(1.0)}, r"encoder\.0\.weight has shape \[\]"),
+        ({"encoder.0.weight": torch.ones(0, 3, 3, 3)}, r"encoder\.0\.weight has shape"),
+        ({"decoder.7.conv.weight": torch.tensor(1.0)}, r"decoder\.7\.conv\.weight is \[\]"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(change: dict[str, Tensor | None], message: str) -> None:

@@ -282,6 +282,13 @@ def test_a_file_without_encoder_decodes_and_says_that_it_cannot_encode() -> None
         ({"conv2.bias": torch.ones(3)}, r"conv2\.bias is \[3\], expected \[16\]"),
         ({"conv2.bias": torch.full((16,), float("inf"))}, r"NaN or infinity in conv2\.bias"),
         ({"decoder.conv1.weight": torch.ones(10, 48, 3, 3, 3)}, "48 latent channels"),
+        ({"decoder.conv1.weight": torch.ones(10)}, r"decoder\.conv1\.weight has shape \[10\]"),
+        ({"decoder.conv1.weight": torch.ones(0, 16, 3, 3, 3)}, r"conv1\.weight has shape \[0,"),
+        ({"decoder.conv1.weight": torch.ones(2**40, 16, 0, 3, 3)}, r"conv1\.weight has shape"),
+        ({"decoder.conv1.weight": torch.ones(4, 16, 3, 3, 3).int()}, r"conv1\.weight holds int32"),
+        ({"decoder.upsamples.0.residual.6.weight": torch.tensor(1.0)}, r"6\.weight has shape \[\]"),
+        ({"decoder.upsamples.3.resample.1.weight": torch.ones(0, 1, 3, 3)}, r"1\.weight has shape"),
+        ({"encoder.conv1.weight": torch.tensor(1.0)}, r"encoder\.conv1\.weight has shape"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(change: dict[str, Tensor | None], message: str) -> None:
