@@ -153,8 +153,8 @@ def _chunk_rows(
     def row(method: str, kind: str, work: Callable[[], object], flops: float, **extra: Any) -> dict:
         try:
             times[method] = time_call(work, device, runs)
-        except RuntimeError as error:
-            return {"method": method, "kind": kind, **facts, "skipped": str(error).splitlines()[0]}
+        except (RuntimeError, ValueError) as error:
+            return {"method": method, "kind": kind, **facts, "skipped": _first_line(error)}
         result = {"method": method, "kind": kind, **facts, **times[method].to_dict(), **extra}
         if flops:
             result["tflops"] = round(flops / times[method].median_ms / 1e9, 1)
@@ -164,7 +164,11 @@ def _chunk_rows(
         yield row(name, "dense", work, dense_flops, density=1.0)
     expected = _expected(case, x)
     for name, work in _sparse(case, x, device).items():
-        error = _error(work(), expected)
+        try:
+            error = _error(work(), expected)
+        except (RuntimeError, ValueError) as problem:
+            yield {"method": name, "kind": "attend", **facts, "skipped": _first_line(problem)}
+            continue
         checked = {"density": round(x.density, 5), "rel_err": float(f"{error:.3e}")}
         if not error <= _TOLERANCE[case.dtype]:
             yield {"method": name, "kind": "attend", **facts, **checked, "wrong": True}
@@ -177,9 +181,15 @@ def _chunk_rows(
     yield from _combined(facts, times)
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _combined(facts: dict[str, Any], times: dict[str, Timing]) -> Iterator[dict[str, Any]]:
     """Selection and attention together, per pass of a chunk, against the dense methods."""
-    attend, pool, select = (times.get(n) for n in ("triton", "triton pooling", "triton selection"))
+    pool, select = times.get("triton pooling"), times.get("triton selection")
+    ours = [times[name] for name in ("triton", "gluon") if name in times]
+    attend = min(ours, key=lambda timing: timing.median_ms, default=None)
     if attend is None or pool is None or select is None:
         return
     once = pool.median_ms + select.median_ms
@@ -251,6 +261,12 @@ def _sparse(
     methods: dict[str, Callable[[], Tensor]] = {
         "triton": lambda: block_sparse_attention_triton(x.q, x.k, x.v, x.indices, x.counts, **grids)
     }
+    if torch.cuda.get_device_capability(device) == (9, 0):
+        from ...kernels.gluon_attention import block_sparse_attention_gluon
+
+        methods["gluon"] = lambda: block_sparse_attention_gluon(
+            x.q, x.k, x.v, x.indices, x.counts, **grids
+        )
     flex = _flex(case, x)
     if flex is not None:
         methods["flex"] = flex
