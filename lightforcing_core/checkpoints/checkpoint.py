@@ -193,7 +193,7 @@ def open_checkpoint(
         text_len = whole_number(facts, "text_len", 1) if "text_len" in facts else 512
         num_layers = whole_number(facts, "num_layers", 1) if "num_layers" in facts else None
         config = WanConfig.from_tensors(
-            stored, num_heads=num_heads, text_len=text_len
+            stored, num_heads=num_heads, text_len=text_len, num_layers=num_layers
         )
         _refuse_other_wans(config, stored)
         identification = identify(config.dim, facts, path, family)
