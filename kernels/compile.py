@@ -21,9 +21,12 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia import hopper as gluon_hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import ARCHS, BLOCK_SIZES, HEAD_DIMS, SHARED_BYTES, attention_config
+from .gluon_attention import CONFIGS, plan_gluon
 from .grid import BlockGrid
 from .launch import Launch, is_interpreted
 from .triton_attention import plan_attention
@@ -138,9 +141,10 @@ def _source(launch: Launch) -> ASTSource:
         is_aligned = False
         if parameter.is_constexpr or value is None:
             signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
+        elif isinstance(value, TensorDescriptor | gluon_hopper.TensorDescriptor):
             shape = ", ".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>"
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]{layout}>"
         elif isinstance(value, Tensor):
             signature[name] = f"*{_TYPES[value.dtype]}"
             is_aligned = not parameter.do_not_specialize_on_alignment
@@ -153,7 +157,8 @@ def _source(launch: Launch) -> ASTSource:
             is_aligned = not parameter.do_not_specialize and value % 16 == 0
         if is_aligned:
             hints[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, hints)
+    source = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    return source(launch.kernel, signature, constants, hints)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -161,14 +166,26 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def _attention_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
-    def plan(head_dim: int, q_block: int, kv_block: int, segment: int, config: Any) -> Launch:
+    def plan(
+        head_dim: int, q_block: int, kv_block: int, segment: int, config: Any, make: Callable
+    ) -> Launch:
         q_grid, kv_grid = BlockGrid(segment, q_block), BlockGrid(segment, kv_block)
         q = _meta(1, 3 * segment, _HEADS, head_dim)
         k = _meta(1, _SEGMENTS * kv_grid.slot_tokens, _HEADS, head_dim)
         rows = 1, _HEADS, 3 * q_grid.blocks_per_segment
         ids, counts = _meta(*rows, _TOP_K, dtype=torch.int32), _meta(*rows, dtype=torch.int32)
-        return plan_attention(q, k, k, ids, counts, q_grid, kv_grid, 0.1, q, config)
+        return make(q, k, k, ids, counts, q_grid, kv_grid, 0.1, q, config)
 
+    if arch == 90:
+        gluon = itertools.product(HEAD_DIMS, CONFIGS, ((1564, "ragged"), (1536, "whole")))
+        for head_dim, kv_block, (segment, blocks) in gluon:
+            config = CONFIGS[kv_block]
+            name = (
+                f"attention d{head_dim} q128 k{kv_block} {blocks}: "
+                f"128x{config.tile} s{config.stages} gluon"
+            )
+            arguments = head_dim, 128, kv_block, segment, config, plan_gluon
+            yield name, lambda arguments=arguments: plan(*arguments)
     for head_dim, (q_block, kv_block) in itertools.product(HEAD_DIMS, BLOCK_SIZES):
         for allow_tma in (True, False):
             config = attention_config(arch, head_dim, q_block, kv_block, allow_tma=allow_tma)
@@ -182,7 +199,7 @@ def _attention_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]
                     f"{config.tile_m}x{config.tile_n} w{config.num_warps} "
                     f"s{config.num_stages} {'tma' if config.use_tma else 'pointers'}"
                 )
-                arguments = head_dim, q_block, kv_block, segment, config
+                arguments = head_dim, q_block, kv_block, segment, config, plan_attention
                 yield name, lambda arguments=arguments: plan(*arguments)
 
 

@@ -20,6 +20,7 @@ Reference: `reference.block_sparse_attention`; FlashAttention-2 (arXiv 2307.0869
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -95,6 +96,7 @@ def block_sparse_attention_kernel(
         b_q = b_q.reshape(BLOCK_M, HEAD_DIM)
     else:
         first_row = (segment * q_segment_tokens + segment_row).to(tl.int64)
+        head = head.to(tl.int64)
         tile_rows = tl.arange(0, BLOCK_M)[:, None]
         dims = tl.arange(0, HEAD_DIM)
         row_mask = tile_rows < q_segment_tokens - segment_row
@@ -196,32 +198,16 @@ def block_sparse_attention_triton(
     Raises:
         ValueError: shapes, types or strides that the kernel cannot do, with what it can.
     """
-    check_attention(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, out)
-    out = torch.empty_like(q) if out is None else out
-    check_tensors({"q": q, "k": k, "v": v, "out": out}, HEAD_DIMS)
-    for name, x in (("kv_indices", kv_indices), ("kv_counts", kv_counts)):
-        if x is not None and (x.dtype != torch.int32 or x.device != q.device):
-            raise ValueError(f"{name} must be int32 on {q.device}, got {x.dtype} on {x.device}")
+    out, scale = prepare(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, scale, out)
     head_dim = q.shape[3]
-    scale = head_dim**-0.5 if scale is None else scale
-    if q.dtype == torch.float32 and not is_interpreted():
-        raise ValueError("the Triton kernel needs bfloat16 or float16 on a GPU, got float32")
-    if not scale > 0:
-        raise ValueError(f"the Triton kernel needs a scale above 0, got {scale}")
     blocks = q_grid.block_tokens, kv_grid.block_tokens
     if blocks not in BLOCK_SIZES:
         raise ValueError(
             f"the Triton kernel does query and key blocks of {BLOCK_SIZES} tokens, got {blocks}"
         )
-    if not q.numel():
-        return out
-    has_tail = _masks_tails(q_grid, kv_grid)
-    obstacle = (
-        _tma_obstacle("q", q, q_grid.segment_tokens)
-        or _tma_obstacle("k", k, kv_grid.slot_tokens if has_tail else 1)
-        or _tma_obstacle("v", v, kv_grid.slot_tokens if has_tail else 1)
-        or _tma_obstacle("out", out, q_grid.segment_tokens)
-    )
+    if not q.numel() or not k.numel() or not kv_indices.shape[3]:
+        return out.zero_()
+    obstacle = descriptor_obstacle(q, k, v, out, q_grid, kv_grid)
     if config is None:
         config = attention_config(
             compute_capability(q.device),
@@ -235,6 +221,36 @@ def block_sparse_attention_triton(
 
     plan_attention(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, scale, out, config).run()
     return out
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    kv_counts: Tensor | None,
+    q_grid: BlockGrid,
+    kv_grid: BlockGrid,
+    scale: float | None,
+    out: Tensor | None,
+) -> tuple[Tensor, float]:
+    """The output and the scale, once everything fits the kernels.
+
+    Raises:
+        ValueError: names the argument, what was expected and what was given.
+    """
+    check_attention(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, out)
+    out = torch.empty_like(q) if out is None else out
+    check_tensors({"q": q, "k": k, "v": v, "out": out}, HEAD_DIMS)
+    for name, x in (("kv_indices", kv_indices), ("kv_counts", kv_counts)):
+        if x is not None and (x.dtype != torch.int32 or x.device != q.device):
+            raise ValueError(f"{name} must be int32 on {q.device}, got {x.dtype} on {x.device}")
+    if q.dtype == torch.float32 and not is_interpreted():
+        raise ValueError("the Triton kernel needs bfloat16 or float16 on a GPU, got float32")
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"the Triton kernel needs a scale above 0, got {scale}")
+    return out, scale
 
 
 def plan_attention(
@@ -251,20 +267,19 @@ def plan_attention(
 ) -> Launch:
     """The launch for arguments that have been checked."""
     batch, _, heads, head_dim = q.shape
-    has_tail = _masks_tails(q_grid, kv_grid)
+    has_tail = masks_tails(q_grid, kv_grid)
     operands: dict[str, Tensor | TensorDescriptor] = {"q": q, "k": k, "v": v, "out": out}
     all_strides = {}
     for name, x in operands.items():
         all_strides |= strides(name, x, "bsh")
-        if config.use_tma:
-            if name in ("q", "out"):
-                pitch, valid, tile = q_grid.segment_tokens, q_grid.segment_tokens, config.tile_m
-            elif has_tail:
-                pitch, valid, tile = kv_grid.slot_tokens, kv_grid.segment_tokens, config.tile_n
-            else:
-                pitch, valid, tile = x.stride(0) // x.stride(1), x.shape[1], config.tile_n
-            all_strides[f"{name}_stride_b"] //= pitch * x.stride(1)
-            operands[name] = _descriptor(x, pitch, valid, tile)
+    if config.use_tma:
+        views = slot_views(q, k, v, out, q_grid, kv_grid)
+        for name, view in views.items():
+            tile = config.tile_m if name in ("q", "out") else config.tile_n
+            all_strides[f"{name}_stride_b"] = view.batch_slots
+            operands[name] = TensorDescriptor(
+                view.base, view.shape, view.strides, [1, tile, head_dim]
+            )
     num_rows, width = kv_indices.shape[2:]
     programs = batch * heads * num_rows * (q_grid.block_tokens // config.tile_m)
     arguments = {
@@ -293,13 +308,25 @@ def plan_attention(
     return Launch(block_sparse_attention_kernel, (programs,), arguments, options)
 
 
-def _masks_tails(q_grid: BlockGrid, kv_grid: BlockGrid) -> bool:
+def masks_tails(q_grid: BlockGrid, kv_grid: BlockGrid) -> bool:
     """Whether the kernel looks for short blocks; small ones have no variant that does not."""
     is_small = min(q_grid.block_tokens, kv_grid.block_tokens) < 64
     return is_small or kv_grid.tail_tokens != kv_grid.block_tokens
 
 
-def _tma_obstacle(name: str, x: Tensor, pitch: int) -> str | None:
+def descriptor_obstacle(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, q_grid: BlockGrid, kv_grid: BlockGrid
+) -> str | None:
+    """Why the tensors' strides cannot be `slot_views`; None: they can."""
+    slot = kv_grid.slot_tokens if masks_tails(q_grid, kv_grid) else 1
+    pitches = {"q": q_grid.segment_tokens, "k": slot, "v": slot, "out": q_grid.segment_tokens}
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
+        if obstacle := _obstacle(name, x, pitches[name]):
+            return obstacle
+    return None
+
+
+def _obstacle(name: str, x: Tensor, pitch: int) -> str | None:
     """Why x [B, S, H, D] cannot be a descriptor of units `pitch` rows apart; None: it can."""
     batch, _, heads, head_dim = x.shape
     stride_b, stride_s, stride_h, _ = x.stride()
@@ -312,11 +339,42 @@ def _tma_obstacle(name: str, x: Tensor, pitch: int) -> str | None:
     return None
 
 
-def _descriptor(x: Tensor, pitch: int, valid: int, tile: int) -> TensorDescriptor:
-    """x [B, S, H, D] as [units, valid rows, H * D], a unit beginning every `pitch` rows."""
+@dataclass(frozen=True)
+class SlotView:
+    """A tensor [B, S, H, D] as [slots, valid tokens, H * D], for a tensor descriptor.
+
+    Loads beyond a slot's last valid token give zeros there, and stores skip.
+
+    Attributes:
+        batch_slots: slots from one batch to the next.
+    """
+
+    base: Tensor
+    shape: list[int]
+    strides: list[int]
+    batch_slots: int
+
+
+def slot_views(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, q_grid: BlockGrid, kv_grid: BlockGrid
+) -> dict[str, SlotView]:
+    """Segments of queries, and slots of keys; without short key blocks a batch is one slot."""
+    segment = q_grid.segment_tokens
+    views = {"q": _slot_view(q, segment, segment), "out": _slot_view(out, segment, segment)}
+    for name, x in (("k", k), ("v", v)):
+        if masks_tails(q_grid, kv_grid):
+            views[name] = _slot_view(x, kv_grid.slot_tokens, kv_grid.segment_tokens)
+        else:
+            # The stride of a batch of one may be anything.
+            pitch = x.shape[1] if x.shape[0] == 1 else x.stride(0) // x.stride(1)
+            views[name] = _slot_view(x, pitch, x.shape[1])
+    return views
+
+
+def _slot_view(x: Tensor, pitch: int, valid: int) -> SlotView:
+    """A slot begins every `pitch` rows."""
     batch, rows, heads, head_dim = x.shape
-    stride_b, stride_s = x.stride()[:2]
-    units = max(1, rows // pitch) + (batch - 1) * (stride_b // (stride_s * pitch))
-    return TensorDescriptor(
-        x, [units, valid, heads * head_dim], [stride_s * pitch, stride_s, 1], [1, tile, head_dim]
-    )
+    batch_slots = 0 if batch == 1 else x.stride(0) // (x.stride(1) * pitch)
+    slots = max(1, rows // pitch) + (batch - 1) * batch_slots
+    shape = [slots, valid, heads * head_dim]
+    return SlotView(x, shape, [x.stride(1) * pitch, x.stride(1), 1], batch_slots)

@@ -42,7 +42,7 @@ def pool_blocks_kernel(
 ):
     """The mean of one block of one head; consecutive programs read consecutive memory."""
     program = tl.program_id(0)
-    head = program % num_heads
+    head = (program % num_heads).to(tl.int64)
     block = (program // num_heads) % num_blocks
     batch = (program // num_heads) // num_blocks
     segment = block // blocks_per_segment

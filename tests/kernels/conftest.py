@@ -18,6 +18,7 @@ def _import_kernels() -> None:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
+        import lightforcing.kernels.compile
         import lightforcing.kernels.ops  # noqa: F401
     finally:
         del os.environ["TRITON_INTERPRET"]

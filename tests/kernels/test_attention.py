@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightforcing.kernels import BlockGrid, block_sparse_attention, check_block_lists
 from lightforcing.kernels.configs import AttentionConfig
+from lightforcing.kernels.gluon_attention import block_sparse_attention_gluon
 from lightforcing.kernels.ops import block_sparse_attention_triton
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
@@ -208,6 +209,13 @@ def test_empty_lists_give_zeros(attend, dtype: torch.dtype, device: torch.device
     assert (attend(**made, out=torch.full_like(made["q"], float("nan"))) == 0).all()
 
 
+def test_nothing_to_attend_to_gives_zeros(device: torch.device) -> None:
+    made = Case(BlockGrid(65, 64), BlockGrid(65, 64)).make(torch.float16, device)
+    no_ids = made["kv_indices"][..., :0]
+    out = block_sparse_attention_triton(**made | {"kv_indices": no_ids, "kv_counts": None})
+    assert (out == 0).all()
+
+
 @IMPLEMENTATIONS
 def test_order_of_a_list_and_what_lies_after_its_count_do_not_matter(attend, device) -> None:
     made = Case(BlockGrid(65, 64), BlockGrid(65, 64), slots=3, width=4).make(torch.float16, device)
@@ -282,6 +290,14 @@ def test_descriptors_refuse_strides_they_cannot_express(device: torch.device) ->
     made["k"] = made["k"].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match="heads of a token of k must lie side by side"):
         block_sparse_attention_triton(**made, config=AttentionConfig(64, 64, 4, 2, use_tma=True))
+
+
+def test_the_gluon_kernel_says_what_it_cannot_do(device: torch.device) -> None:
+    made = Case(BlockGrid(64, 64), BlockGrid(64, 64)).make(torch.float16, device)
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    message = "query blocks of 128" if is_hopper else "capability 9"
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention_gluon(**made)
 
 
 def test_types_must_agree(device: torch.device) -> None:

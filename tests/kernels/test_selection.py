@@ -157,6 +157,27 @@ def test_forced_blocks_alone_over_budget_give_the_lowest_ids(select, device) -> 
 
 
 @IMPLEMENTATIONS
+def test_what_is_no_number_comes_last(select, device: torch.device) -> None:
+    q = torch.ones(1, 1, 1, 1, device=device)
+    nan, inf = math.nan, math.inf
+    scores = torch.tensor([nan, -5.0, -inf, 1.0, nan, -2.0], device=device)
+    assert_chosen(select, q, scores.view(1, 1, -1, 1), 1, [1] * 6, keep=0, top_k=3)
+    assert_chosen(select, q, scores.view(1, 1, -1, 1), 1, [1] * 6, keep=0, top_k=5)
+    # The mean of the first segment is no number; the second is the better one.
+    scores = torch.tensor([inf, -inf, -5.0, -6.0], device=device)
+    assert_chosen(select, q, scores.view(1, 1, -1, 1), 2, [2, 2], keep=1, top_k=2)
+
+
+@IMPLEMENTATIONS
+def test_zeros_of_both_signs_are_a_tie(select, device: torch.device) -> None:
+    # Products of such numbers underflow to a zero that keeps its sign.
+    q = torch.full((1, 1, 1, 1), 1e-30, device=device)
+    k = torch.tensor([-1e-30, 1e-30, -1e-30, 1e-30], device=device).view(1, 1, -1, 1)
+    indices, _ = select(q, k, blocks_per_segment=1, roles=[1] * 4, keep_candidates=0, top_k=2)
+    assert indices.flatten().tolist() == [0, 1]
+
+
+@IMPLEMENTATIONS
 def test_roles_may_be_a_tensor(select, device: torch.device) -> None:
     q, k = torch.randn(1, 1, 2, 16, device=device), torch.randn(1, 1, 12, 16, device=device)
     some = {"blocks_per_segment": 3, "keep_candidates": 1, "top_k": 4}

@@ -1,0 +1,401 @@
+"""Block-sparse attention for Hopper (9.0) in Gluon: copies and two halves of the rows at once.
+
+One program computes 128 query rows of one head. One warp reads the index list a step ahead and
+copies key and value tiles into a ring of stages; two warpgroups of 64 rows share every tile. A
+warpgroup issues the next scores before it waits for the last product with the values, so that the
+softmax of one runs beside the matrix units' work for the other.
+
+Masks, precision and the meaning of all arguments are those of `triton_attention`, whose kernel is
+the plain twin of this one; only tensor descriptors, query blocks of 128 and key blocks of 64 and
+128 are done here. The interpreter cannot run Gluon.
+
+Reference: FlashAttention-3 (arXiv 2407.08608) for overlapping softmax and products.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .grid import BlockGrid
+from .launch import Launch, compute_capability
+from .triton_attention import descriptor_obstacle, masks_tails, prepare, slot_views
+
+# Triton 3.9 renamed the copies of 3.6; arguments and meaning are the same.
+_load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+_RUNTIME = ["num_heads", "num_rows", "q_segment_tokens", "q_blocks_per_segment"]
+_RUNTIME += ["kv_blocks_per_slot", "tail_tokens", "width"]
+_RUNTIME += ["q_slots", "k_slots", "v_slots", "out_slots"]
+
+
+@gluon.jit
+def _tile_of(step, block, kv_blocks_per_slot, KV_BLOCK: gl.constexpr, TILE: gl.constexpr,
+             HAS_TAIL: gl.constexpr):  # fmt: skip
+    """Slot of a key tile and its first token there; without a tail a batch is one slot."""
+    PARTS: gl.constexpr = KV_BLOCK // TILE
+    slot = block * 0
+    slot_block = block
+    if HAS_TAIL:
+        slot = block // kv_blocks_per_slot
+        slot_block = block - slot * kv_blocks_per_slot
+    return slot, slot_block, slot_block * KV_BLOCK + (step % PARTS) * TILE
+
+
+@gluon.jit
+def _copy_tiles(
+    k, v, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, kv_indices, steps,
+    kv_blocks_per_slot, k_slot, v_slot, at_head,
+    KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: fills a stage as soon as both warpgroups have left it."""
+    PARTS: gl.constexpr = KV_BLOCK // TILE
+    next_block = gl.load(kv_indices)
+    for step in range(steps):
+        block = next_block
+        next_block = gl.load(kv_indices + gl.minimum(step + 1, steps - 1) // PARTS)
+        slot, _, token = _tile_of(step, block, kv_blocks_per_slot, KV_BLOCK, TILE, HAS_TAIL)
+        stage = step % STAGES
+        phase = (step // STAGES) & 1
+        mbarrier.wait(k_free.index(stage), phase ^ 1)
+        mbarrier.expect(k_ready.index(stage), k.block_type.nbytes)
+        _load_tile(k, [k_slot + slot, token, at_head], k_ready.index(stage), k_tiles.index(stage))
+        mbarrier.wait(v_free.index(stage), phase ^ 1)
+        mbarrier.expect(v_ready.index(stage), v.block_type.nbytes)
+        _load_tile(v, [v_slot + slot, token, at_head], v_ready.index(stage), v_tiles.index(stage))
+
+
+@gluon.jit
+def _masked(scores, step, block, kv_blocks_per_slot, tail_tokens, columns,
+            KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL: gl.constexpr):  # fmt: skip
+    if HAS_TAIL:
+        PARTS: gl.constexpr = KV_BLOCK // TILE
+        slot_block = block % kv_blocks_per_slot
+        valid = gl.where(slot_block == kv_blocks_per_slot - 1, tail_tokens, KV_BLOCK)
+        valid -= (step % PARTS) * TILE
+        scores = gl.where((columns < valid)[None, :], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _attend_rows(
+    HALF: gl.constexpr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free,
+    out, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head,
+    scale_log2, HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr,
+    HAS_TAIL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: 64 rows against every tile of the list."""
+    PARTS: gl.constexpr = KV_BLOCK // TILE
+    dtype: gl.constexpr = q_tiles.dtype
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16]
+    )
+    sum_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
+    )
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, sum_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
+    sum_row_layout: gl.constexpr = gl.SliceLayout(1, sum_layout)
+    columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, score_layout))
+    no_scores = gl.zeros([64, TILE], gl.float32, layout=score_layout)
+    running_max = gl.full([64], float("-inf"), gl.float32, layout=row_layout)
+    running_sum = gl.zeros([64], gl.float32, layout=row_layout)
+    accumulator = gl.zeros([64, HEAD_DIM], gl.float32, layout=sum_layout)
+
+    q_tile = q_tiles.index(HALF).reshape([64, HEAD_DIM])
+    mbarrier.wait(q_ready, 0)
+    if steps > 0:
+        next_block = gl.load(kv_indices)
+        mbarrier.wait(k_ready.index(0), 0)
+        k_tile = k_tiles.index(0).reshape([TILE, HEAD_DIM]).permute((1, 0))
+        scores = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_free.index(0), count=1)
+        scores = _masked(scores, 0, next_block, kv_blocks_per_slot, tail_tokens, columns,
+                         KV_BLOCK, TILE, HAS_TAIL)  # fmt: skip
+        running_max = gl.max(scores, 1) * scale_log2
+        weights = gl.exp2(scores * scale_log2 - running_max[:, None])
+        running_sum = gl.sum(weights, 1)
+        weights = gl.convert_layout(weights.to(dtype), weight_layout)
+        if HAS_TAIL:
+            next_block = gl.load(kv_indices + gl.minimum(1, steps - 1) // PARTS)
+
+        for step in range(1, steps):
+            block = next_block
+            if HAS_TAIL:
+                next_block = gl.load(kv_indices + gl.minimum(step + 1, steps - 1) // PARTS)
+            stage = step % STAGES
+            mbarrier.wait(k_ready.index(stage), (step // STAGES) & 1)
+            k_tile = k_tiles.index(stage).reshape([TILE, HEAD_DIM]).permute((1, 0))
+            scores = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
+
+            before = (step - 1) % STAGES
+            mbarrier.wait(v_ready.index(before), ((step - 1) // STAGES) & 1)
+            v_tile = v_tiles.index(before).reshape([TILE, HEAD_DIM])
+            accumulator = warpgroup_mma(weights, v_tile, accumulator, is_async=True)
+
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            mbarrier.arrive(k_free.index(stage), count=1)
+            scores = _masked(scores, step, block, kv_blocks_per_slot, tail_tokens, columns,
+                             KV_BLOCK, TILE, HAS_TAIL)  # fmt: skip
+            new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
+            new_weights = gl.exp2(scores * scale_log2 - new_max[:, None])
+            decay = gl.exp2(running_max - new_max)
+            running_sum = running_sum * decay + gl.sum(new_weights, 1)
+            running_max = new_max
+
+            # The weights are registers that the product still reads until here.
+            accumulator, weights = warpgroup_mma_wait(0, deps=[accumulator, weights])
+            mbarrier.arrive(v_free.index(before), count=1)
+            accumulator *= gl.convert_layout(decay, sum_row_layout)[:, None]
+            weights = gl.convert_layout(new_weights.to(dtype), weight_layout)
+
+        last = (steps - 1) % STAGES
+        mbarrier.wait(v_ready.index(last), ((steps - 1) // STAGES) & 1)
+        v_tile = v_tiles.index(last).reshape([TILE, HEAD_DIM])
+        accumulator = warpgroup_mma(weights, v_tile, accumulator, is_async=True)
+        accumulator = warpgroup_mma_wait(0, deps=[accumulator])
+
+    # An empty list leaves a sum of 0; its rows are zeros.
+    running_sum = gl.where(running_sum == 0.0, 1.0, running_sum)
+    accumulator /= gl.convert_layout(running_sum, sum_row_layout)[:, None]
+    # The query tile is done with and has the result's size.
+    q_tile.store(accumulator.to(dtype))
+    fence_async_shared()
+    _store_tile(out, [out_slot, segment_row + HALF * 64, at_head], q_tiles.index(HALF))
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=["kv_indices", "kv_counts"])
+def block_sparse_attention_gluon_kernel(
+    q,  # descriptors [segments or slots, tokens, H * D] of [1, 64, D] and [1, TILE, D] tiles
+    k,
+    v,
+    out,
+    kv_indices,  # [B, H, NQ, width]
+    kv_counts,  # [B, H, NQ]
+    q_slots,  # segments or slots from one batch to the next
+    k_slots,
+    v_slots,
+    out_slots,
+    num_heads,
+    num_rows,
+    q_segment_tokens,
+    q_blocks_per_segment,
+    kv_blocks_per_slot,
+    tail_tokens,
+    width,
+    scale_log2,
+    HEAD_DIM: gl.constexpr,
+    KV_BLOCK: gl.constexpr,
+    TILE: gl.constexpr,
+    HAS_TAIL: gl.constexpr,
+    HAS_COUNTS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """128 query rows of one head against the key blocks in their list."""
+    list_row = gl.program_id(0)
+    q_block = list_row % num_rows
+    head = (list_row // num_rows) % num_heads
+    batch = (list_row // num_rows) // num_heads
+    segment = q_block // q_blocks_per_segment
+    segment_row = (q_block % q_blocks_per_segment) * 128
+    at_head = head * HEAD_DIM
+    kv_indices += list_row.to(gl.int64) * width
+    count = width
+    if HAS_COUNTS:
+        count = gl.load(kv_counts + list_row)
+    steps = count * (KV_BLOCK // TILE)
+
+    q_tiles = gl.allocate_shared_memory(q.dtype, [2, 1, 64, HEAD_DIM], q.layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, TILE, HEAD_DIM], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, TILE, HEAD_DIM], v.layout)
+    barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], barrier_layout)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    mbarrier.init(q_ready, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(stage), count=1)
+        mbarrier.init(v_ready.index(stage), count=1)
+        # Both warpgroups leave a stage before it is filled again.
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_free.index(stage), count=2)
+    fence_async_shared()
+
+    mbarrier.expect(q_ready, 2 * q.block_type.nbytes)
+    for half in gl.static_range(2):
+        at = [batch * q_slots + segment, segment_row + half * 64, at_head]
+        _load_tile(q, at, q_ready, q_tiles.index(half))
+
+    k_slot = batch * k_slots
+    v_slot = batch * v_slots
+    out_slot = batch * out_slots + segment
+    # Tuples written in place: assigned to a name first, their constants would become tensors.
+    gl.warp_specialize(
+        [
+            (
+                _attend_first_rows,
+                (
+                    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out,
+                    kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row,
+                    at_head, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+                ),
+            ),
+            (
+                _attend_last_rows,
+                (
+                    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out,
+                    kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row,
+                    at_head, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+                ),
+            ),
+            (
+                _copy_tiles,
+                (
+                    k, v, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, kv_indices, steps,
+                    kv_blocks_per_slot, k_slot, v_slot, at_head, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _attend_first_rows(
+    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, kv_indices, steps,
+    kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, scale_log2,
+    HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    _attend_rows(
+        0, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, kv_indices,
+        steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, scale_log2,
+        HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _attend_last_rows(
+    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, kv_indices, steps,
+    kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, scale_log2,
+    HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    _attend_rows(
+        1, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, kv_indices,
+        steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, scale_log2,
+        HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GluonConfig:
+    """Keys of a tile, and tiles in flight; `tile` divides the key block."""
+
+    tile: int
+    stages: int
+
+
+KV_BLOCKS = (64, 128)
+# 131 and 164 KB of 227; a third stage of 128 keys would not fit.
+CONFIGS = {64: GluonConfig(64, 3), 128: GluonConfig(128, 2)}
+
+
+def block_sparse_attention_gluon(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    kv_counts: Tensor | None,
+    *,
+    q_grid: BlockGrid,
+    kv_grid: BlockGrid,
+    scale: float | None = None,
+    out: Tensor | None = None,
+    config: GluonConfig | None = None,
+) -> Tensor:
+    """`reference.block_sparse_attention` in one launch on Hopper; see there for the arguments.
+
+    Raises:
+        ValueError: shapes, types, strides or a device that the kernel cannot do.
+    """
+    out, scale = prepare(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, scale, out)
+    if q.device.type != "cuda" or compute_capability(q.device) != 90:
+        raise ValueError(f"the Gluon kernel needs a GPU of compute capability 9.0, got {q.device}")
+    if q_grid.block_tokens != 128 or kv_grid.block_tokens not in KV_BLOCKS:
+        raise ValueError(
+            f"the Gluon kernel does query blocks of 128 and key blocks of {KV_BLOCKS} tokens, "
+            f"got {q_grid.block_tokens} and {kv_grid.block_tokens}"
+        )
+    if obstacle := descriptor_obstacle(q, k, v, out, q_grid, kv_grid):
+        raise ValueError(f"the Gluon kernel needs tensor descriptors: {obstacle}")
+    if not q.numel() or not k.numel() or not kv_indices.shape[3]:
+        return out.zero_()
+    config = CONFIGS[kv_grid.block_tokens] if config is None else config
+    plan_gluon(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, scale, out, config).run()
+    return out
+
+
+def plan_gluon(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    kv_counts: Tensor | None,
+    q_grid: BlockGrid,
+    kv_grid: BlockGrid,
+    scale: float,
+    out: Tensor,
+    config: GluonConfig,
+) -> Launch:
+    """The launch for arguments that have been checked."""
+    batch, heads, num_rows, width = kv_indices.shape
+    head_dim = q.shape[3]
+    layout = gl.NVMMASharedLayout(
+        swizzle_byte_width=128, element_bitwidth=8 * q.dtype.itemsize, rank=3
+    )
+    arguments: dict[str, object] = {}
+    for name, view in slot_views(q, k, v, out, q_grid, kv_grid).items():
+        rows = 64 if name in ("q", "out") else config.tile
+        arguments[name] = TensorDescriptor(
+            view.base, view.shape, view.strides, [1, rows, head_dim], layout
+        )
+        arguments[f"{name}_slots"] = view.batch_slots
+    arguments |= {
+        "kv_indices": kv_indices.contiguous(),
+        "kv_counts": kv_indices if kv_counts is None else kv_counts.contiguous(),
+        "num_heads": heads,
+        "num_rows": num_rows,
+        "q_segment_tokens": q_grid.segment_tokens,
+        "q_blocks_per_segment": q_grid.blocks_per_segment,
+        "kv_blocks_per_slot": kv_grid.blocks_per_segment,
+        "tail_tokens": kv_grid.tail_tokens,
+        "width": width,
+        "scale_log2": scale * math.log2(math.e),
+        "HEAD_DIM": head_dim,
+        "KV_BLOCK": kv_grid.block_tokens,
+        "TILE": config.tile,
+        "HAS_TAIL": masks_tails(q_grid, kv_grid),
+        "HAS_COUNTS": kv_counts is not None,
+        "STAGES": config.stages,
+    }
+    grid = (batch * heads * num_rows,)
+    return Launch(block_sparse_attention_gluon_kernel, grid, arguments, {"num_warps": 4})
