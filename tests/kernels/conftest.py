@@ -55,7 +55,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def wrapper(*args: Any, **kwargs: Any) -> Tensor:
             x = make(*args, **kwargs)
-            return x.fill_(float("nan") if x.is_floating_point() else 123456789)
+            if x.is_floating_point():
+                x.fill_(float("nan"))
+            elif x.dtype in (torch.int32, torch.int64):
+                x.fill_(123456789)
+            return x
 
         return wrapper
 
