@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +36,7 @@ class Checkpoint:
     Attributes:
         path: file or folder.
         config: sizes.
+        shapes: of every parameter of the model, by name.
         recognised: layout, prefix, tensors under Wan's names.
         identification: family and settings.
         missing, unexpected: names of tensors.
@@ -47,6 +47,7 @@ class Checkpoint:
 
     path: Path
     config: WanConfig
+    shapes: dict[str, torch.Size]
     recognised: Recognised
     identification: Identification
     missing: tuple[str, ...]
@@ -58,12 +59,6 @@ class Checkpoint:
     @property
     def preset(self) -> Preset:
         return self.identification.preset
-
-    @cached_property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Shape of every parameter of the model."""
-        with torch.device("meta"):
-            return {name: p.shape for name, p in WanModel(self.config).named_parameters()}
 
     @property
     def stored_types(self) -> dict[str, int]:
@@ -129,10 +124,16 @@ class Checkpoint:
         total = sum(stored[name].nbytes for name in self.shapes)
         done = 0
         result = {}
+        ranges: list[tuple[Tensor, Tensor]] = []
         for name in self.shapes:
             result[name] = self._parameter(name, torch.device(device), dtype, loras)
+            ranges.append(torch.aminmax(result[name]))
             done += stored[name].nbytes
             on_progress(done, total)
+        # Asked at the end, and together: on a GPU every answer waits for the device.
+        for name, right in zip(result, are_finite(ranges), strict=True):
+            if not right:
+                raise UserError(f"{self.path}: {self._not_finite(name, result[name].dtype, loras)}")
         return result
 
     def _parameter(
@@ -149,24 +150,19 @@ class Checkpoint:
         if is_eight_bit(stored):
             # With a LoRA to come, in float32: the sum is rounded once.
             tensor = weights.widened(name, tensor, torch.float32 if loras else dtype or kept)
-        before = tensor
-        merged = merge(name, tensor, loras) if loras else tensor
-        tensor = merged.to(dtype or kept)
-        if not is_finite(tensor):
-            reason = self._not_finite(name, tensor.dtype)
-            if merged is not before:
-                reason = f"'{name}' is NaN or infinite with the LoRA added; lower its strength"
-            raise UserError(f"{self.path}: {reason}")
-        return tensor
+        return (merge(name, tensor, loras) if loras else tensor).to(dtype or kept)
 
-    def _not_finite(self, name: str, dtype: torch.dtype) -> str:
+    def _not_finite(
+        self, name: str, dtype: torch.dtype, loras: Sequence[tuple[Lora, float]]
+    ) -> str:
         weights = self.recognised.weights
         kind = str(dtype).removeprefix("torch.")
-        if kind != "float32" and is_finite(
-            weights.widened(name, weights.tensors[name], torch.float32)
-        ):
-            return f"'{name}' holds numbers too large for {kind}; use bfloat16 or float32"
-        return f"'{name}' holds NaN or infinite weights; the file is damaged: download it again"
+        wide = weights.widened(name, weights.tensors[name], torch.float32)
+        if not is_finite(wide):
+            return f"'{name}' holds NaN or infinite weights; the file is damaged: download it again"
+        if any(name in lora.updates for lora, _ in loras):
+            return f"'{name}' is NaN or infinite with the LoRA added; lower its strength"
+        return f"'{name}' holds numbers too large for {kind}; use bfloat16 or float32"
 
 
 def open_checkpoint(
@@ -199,12 +195,12 @@ def open_checkpoint(
         identification = identify(config.dim, facts, path, family)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        expected = {name: p.shape for name, p in WanModel(config).named_parameters()}
+    expected = parameter_shapes(config)
     merged = facts.get("merged_loras", [])
     return Checkpoint(
         path=path,
         config=config,
+        shapes=expected,
         recognised=recognised,
         identification=identification,
         missing=tuple(name for name in expected if name not in stored),
@@ -236,16 +232,44 @@ def _refuse_other_wans(config: WanConfig, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite.
+def are_finite(ranges: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Which of some tensors hold neither NaN nor infinity, by their smallest and largest value.
 
-    By smallest and largest value (NaN goes through both): one pass at the speed of memory and no
-    second tensor, where `isfinite` takes five times as long as a copy.
+    NaN goes through both. `torch.aminmax` is one pass at the speed of memory without a second
+    tensor, where `isfinite` takes five times as long as a copy.
+
+    Args:
+        ranges: of each tensor, on one device; numbers of any floating-point type.
     """
-    if not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    verdicts = [True] * len(ranges)
+    by_type: dict[torch.dtype, list[int]] = {}
+    for i, (low, _) in enumerate(ranges):
+        by_type.setdefault(low.dtype, []).append(i)
+    for places in by_type.values():
+        both = torch.stack([torch.stack([ranges[i][side] for i in places]) for side in (0, 1)])
+        for i, right in zip(places, torch.isfinite(both).all(0).tolist(), strict=True):
+            verdicts[i] = right
+    return verdicts
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    return are_finite([torch.aminmax(tensor)])[0]
+
+
+def parameter_shapes(config: WanConfig) -> dict[str, torch.Size]:
+    """Shape of every parameter of a model, in its order; all blocks are alike."""
+    with torch.device("meta"):
+        one = {k: p.shape for k, p in WanModel(replace(config, num_layers=1)).named_parameters()}
+    inside = {k.removeprefix("blocks.0."): s for k, s in one.items() if k.startswith("blocks.0.")}
+    shapes: dict[str, torch.Size] = {}
+    for name, shape in one.items():
+        if not name.startswith("blocks."):
+            shapes[name] = shape
+        elif "blocks.0." + next(iter(inside)) == name:
+            for layer in range(config.num_layers):
+                shapes |= {f"blocks.{layer}.{k}": s for k, s in inside.items()}
+    return shapes
 
 
 def some(names: Sequence[str]) -> str:

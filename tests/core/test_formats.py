@@ -641,3 +641,12 @@ def test_what_is_passed_over_is_said(weights: Weights, tmp_path: Path) -> None:
     assert "averaged weights under 'generator_ema.model.'" in note
     assert "'generator.model.'" in note
     assert "'critic.model.'" in note
+
+
+def test_the_expected_parameters_are_those_of_the_model_in_its_order() -> None:
+    from lightforcing.lightforcing_core.checkpoints.checkpoint import parameter_shapes
+
+    for config in (CONFIG, WanConfig(), WanConfig(dim=128, num_heads=1, cross_attn_norm=False)):
+        with torch.device("meta"):
+            wanted = [(k, p.shape) for k, p in WanModel(config).named_parameters()]
+        assert list(parameter_shapes(config).items()) == wanted
