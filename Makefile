@@ -35,7 +35,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/pytest tests/test_import_contract.py
 
-test: lint
+# The kernels' configurations answer to Triton 3.6.0, whatever newer one the environment has.
+$(VENV)/triton36/.complete: $(STAMP)
+	.ci/install-triton36 $(VENV)/triton36 $(BIN)/python
+
+test: lint $(VENV)/triton36/.complete
 	@echo "== tests"
 	$(BIN)/pytest
 
