@@ -41,7 +41,7 @@ def test_a_wrong_method_has_no_time_but_a_verdict(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_restated_rule_selects_what_ours_selects() -> None:
-    """Both stages, in float32, where the published rule's rounding of means to 16 bits plays no part."""
+    """Both stages, in float32: rounding means to 16 bits, as published, changes some sets."""
     case = attention.SMALL
     x = attention._inputs(case, 4, CPU)
     pooled = (
