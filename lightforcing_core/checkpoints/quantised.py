@@ -29,6 +29,7 @@ _SCALES = (".weight_scale", ".scale_weight")
 _UNUSED = (".scale_input", ".input_scale")
 _MARK = "scaled_fp8"
 _HOST_NOTE = ".comfy_quant"
+_PART_NUMBERS = 1 << 16
 _HOST_METADATA = "_quantization_metadata"
 _KNOWN_NOTES = ("float8_e4m3fn", "float8_e5m2")
 
@@ -52,8 +53,19 @@ class Unscaled:
         scale = self.scales.get(name)
         if scale is None:
             return tensor.to(dtype)
+        if not tensor.ndim or not tensor.numel():
+            return (tensor.float() * scale.to(tensor.device).float().sum()).to(dtype)
         column = scale.to(tensor.device).float().reshape(-1, *[1] * (tensor.ndim - 1))
-        return (tensor.float() * column).to(dtype)
+        result = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+        # In parts on the CPU: large float32 temporaries between results leave holes in the heap
+        # that double what a load takes.
+        rows = tensor.shape[0]
+        if tensor.device.type == "cpu":
+            rows = max(1, _PART_NUMBERS * rows // tensor.numel())
+        for first in range(0, tensor.shape[0], rows):
+            part = slice(first, first + rows)
+            result[part] = tensor[part].float() * (column[part] if len(column) > 1 else column)
+        return result
 
 
 def take_scales(
