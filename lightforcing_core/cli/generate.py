@@ -105,4 +105,11 @@ def _generate(arguments: argparse.Namespace) -> int:
         f"{result.seconds:.1f} s ({result.frames / result.seconds:.1f} frames/s with decoding, "
         f"{result.device}, {str(result.dtype).removeprefix('torch.')})"
     )
+    settings = result.settings
+    window = "whole history" if settings.window_frames == -1 else f"window {settings.window_frames}"
+    steps = ", ".join(f"{round(step, 2):g}" for step in settings.steps)
+    say(
+        f"{settings.frames_per_chunk} frames a chunk, {window}, {settings.sink_frames} sink "
+        f"frames, steps {steps}"
+    )
     return 0

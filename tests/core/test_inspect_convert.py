@@ -425,3 +425,78 @@ def test_settings_follow_what_the_user_overrides(
     assert settings_for(shifted, two_step)[0].first_chunk_steps == pytest.approx(
         (1000, 750, 500, 250)
     )
+
+
+def test_a_window_bounds_the_planned_cache(weights: Weights, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+
+    def cache(family: str) -> int:
+        return inspect_checkpoint(
+            path, family=family, size=FrameSize(64, 32), frames=241, device="cpu"
+        ).memory.cache_bytes
+
+    assert cache("longlive") * 61 == cache("self_forcing") * 12
+
+
+def test_inspect_looks_for_nan_in_scales_too(
+    weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, name = tmp_path / "model.safetensors", "blocks.0.ffn.0"
+    eight_bit = dict(weights)
+    eight_bit[f"{name}.weight"] = torch.ones(64, 128).to(torch.float8_e4m3fn)
+    eight_bit[f"{name}.weight_scale"] = torch.full((64, 1), float("nan"))
+    save_file(eight_bit, path)
+    assert run("inspect", path) == 2
+    assert f"'{name}.weight' holds NaN" in capsys.readouterr().err
+
+
+def test_numbers_too_large_for_a_type_are_told_from_damage(
+    weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, lora, out = (tmp_path / f"{n}.safetensors" for n in ("model", "lora", "out"))
+    name = "blocks.0.self_attn.q"
+    save_file(weights | {f"{name}.weight": weights[f"{name}.weight"] + 1e5}, path)
+    assert run("convert", path, out, "--dtype=float16") == 2
+    assert "too large for float16" in capsys.readouterr().err
+    save_file(weights, path)
+    low = {f"{name}.lora_A.weight": torch.full((1, 128), 300.0)}
+    save_file(low | {f"{name}.lora_B.weight": torch.full((128, 1), 300.0)}, lora)
+    assert run("convert", path, out, f"--lora={lora}:100", "--dtype=float16") == 2
+    assert "with the LoRA added; lower its strength" in capsys.readouterr().err
+    assert run("convert", path, out, f"--lora={lora}", "--dtype=bfloat16") == 0
+
+
+def test_a_models_own_text_length_and_depth_survive_conversion(
+    weights: Weights, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file(weights, path, metadata={"lightforcing": json.dumps({"text_len": 64})})
+    assert run("convert", path, out) == 0
+    assert load_model(out).config.text_len == 64
+    with safe_open(out, framework="pt") as file:
+        assert json.loads(file.metadata()["lightforcing"])["num_layers"] == 2
+
+
+def test_generate_tells_what_its_user_should_know_and_spares_the_lora(
+    weights: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, lora = tmp_path / "rewardforcing.pt", tmp_path / "lora.mp4"
+    wide = WanModel(WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=1))
+    torch.save({f"model.{k}": v.detach() for k, v in wide.named_parameters()}, path)
+    models = ROOT / "models"
+    arguments = [
+        "--prompt=a red circle",
+        f"--model={path}",
+        f"--vae={models / 'lightforcing_mini_vae.safetensors'}",
+        f"--text-encoder={models / 'lightforcing_mini_text.safetensors'}",
+        "--frames=9",
+        "--size=64x48",
+    ]
+    assert run("generate", *arguments, f"--out={tmp_path / 'a.mp4'}") == 0
+    output = capsys.readouterr()
+    assert "not reproduced of Reward Forcing: sink averaged" in output.err
+    assert "3 frames a chunk, window 9" in output.out
+    lora.write_bytes(b"mine")
+    assert run("generate", *arguments, f"--out={lora}", f"--lora={lora}:0.5") == 2
+    assert lora.read_bytes() == b"mine"
