@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -9,6 +10,29 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _import_kernels_interpreted() -> None:
+    """Triton's functions are made when they are imported, interpreted or compiled for good.
+
+    So this comes before any test module: torch imports Triton for reasons of its own (a module on
+    the meta device is enough).
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import lightforcing.kernels.compile
+        import lightforcing.kernels.ops  # noqa: F401
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+        if before is not None:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+if not torch.cuda.is_available():
+    _import_kernels_interpreted()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,23 +10,6 @@ import torch
 from torch import Tensor
 
 INTERPRETED = not torch.cuda.is_available()
-
-
-def _import_kernels() -> None:
-    """Jitted functions are made when they are imported, compiled or interpreted for good."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        import lightforcing.kernels.compile
-        import lightforcing.kernels.ops  # noqa: F401
-    finally:
-        del os.environ["TRITON_INTERPRET"]
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
-
-
-if INTERPRETED:
-    _import_kernels()
 
 
 @pytest.fixture(autouse=True)
