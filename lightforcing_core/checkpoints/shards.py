@@ -13,6 +13,7 @@ from .bounded_json import MAX_JSON_BYTES, parse_object
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", re.DOTALL)
 _INDEX = ".index.json"
+_TORCH_ENDS = (".pt", ".pth", ".ckpt", ".bin")
 _MAX_FILES = 1000
 _EXPECTED = (
     "*.safetensors.index.json with its shards, or *.safetensors, there or in its subfolder "
@@ -76,6 +77,15 @@ def _in_folder(folder: Path) -> Shards:
                 if path not in complete:
                     complete.update(_siblings(path))
             return Shards(tuple(sorted(complete)))
+        torch_files = [file for end in _TORCH_ENDS for file in _visible(place, f"*{end}")]
+        if len(torch_files) > 1:
+            names = ", ".join(one_line(path.name) for path in torch_files[:4])
+            raise UserError(
+                f"{one_line(folder, 1000)} holds {len(torch_files)} torch files ({names}); give "
+                "the one to load"
+            )
+        if torch_files:
+            return Shards(tuple(torch_files))
     raise UserError(
         f"{one_line(folder, 1000)} is a folder without a checkpoint; expected {_EXPECTED}, or give "
         "a .safetensors or .pt file"

@@ -802,3 +802,15 @@ def test_a_mangled_file_gives_valid_tensors_or_one_line(
         assert time.perf_counter() - start < 2
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
         assert os.listdir(folder) == ["model.bin"]  # noqa: PTH208 (a name, not a path)
+
+
+def test_a_folder_with_one_torch_file_is_that_file(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"a": torch.ones(2)}, folder / "base.pt")
+    assert list(read_state_dict(folder)[0]) == ["a"]
+    # A base and its LoRA: which one is meant is the user's to say.
+    torch.save({"b": torch.ones(2)}, folder / "lora.pt")
+    message = refused(folder)
+    assert "base.pt, lora.pt" in message
+    assert "give the one to load" in message
