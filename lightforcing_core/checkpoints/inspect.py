@@ -13,6 +13,7 @@ from ..kv_cache import CacheSpec
 from ..layout import FrameSize, latent_frames
 from ..memory import GIB, available_bytes
 from .checkpoint import WIDENED, Checkpoint, Progress, is_finite, open_checkpoint, some
+from .families import Identification
 from .load import notes
 from .quantised import is_eight_bit
 from .shards import find_shards
@@ -175,7 +176,7 @@ def summary(inspection: Inspection) -> list[tuple[str, str]]:
     rows = [
         ("file", f"{checkpoint.path} ({file_bytes(checkpoint.path) / GIB:.2f} GiB)"),
         ("format", f"{recognised.format}, {which} under '{recognised.root}'"),
-        ("family", f"{family.title if family else 'not known'} ({identification.reason})"),
+        ("family", f"{_family_text(identification)} ({identification.reason})"),
         (
             "model",
             f"width {config.dim}, {config.num_layers} layers, {config.num_heads} heads of "
@@ -218,6 +219,14 @@ def summary(inspection: Inspection) -> list[tuple[str, str]]:
         )
     )
     return rows
+
+
+def _family_text(identification: Identification) -> str:
+    if identification.family is not None:
+        return identification.family.title
+    if identification.candidates:
+        return f"one of {', '.join(family.name for family in identification.candidates)}"
+    return "none of the published ones; its own settings"
 
 
 def file_bytes(path: Path) -> int:
