@@ -169,7 +169,6 @@ def summary(inspection: Inspection) -> list[tuple[str, str]]:
     checkpoint, memory = inspection.checkpoint, inspection.memory
     config, preset = checkpoint.config, checkpoint.preset
     recognised, identification = checkpoint.recognised, checkpoint.identification
-    family = identification.family
     which = "averaged (EMA) weights" if recognised.is_average else "weights"
     window = "whole history" if preset.window_frames == -1 else f"{preset.window_frames} frames"
     steps = " / ".join(f"{round(step, 2):g}" for step in preset.steps)
