@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from .errors import UserError
 
 log = logging.getLogger("lightforcing")
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "gluon", "reference")
 _TRITON_BLOCKS = (16, 32, 64, 128)
+_GLUON_CAPABILITY = (9, 0)
+_GLUON_QUERY_BLOCK, _GLUON_KEY_BLOCKS = 128, (64, 128)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
 
@@ -76,6 +78,11 @@ def list_backends() -> list[BackendStatus]:
             "sparse attention: triton", not obstacles, "; ".join(obstacles) or f"kernels {where}"
         ),
         BackendStatus(
+            "sparse attention: gluon",
+            not (hopper := obstacles or _gluon_machine_obstacles()),
+            "; ".join(hopper) or "Hopper's own attention kernel; by name only",
+        ),
+        BackendStatus(
             "sparse attention: reference", True, "plain torch, any device, exact and slow"
         ),
     ]
@@ -85,7 +92,8 @@ def resolve_backend(name: str, job: AttentionJob) -> AttentionBackend:
     """The backend for a run.
 
     Args:
-        name: 'reference', 'triton', or 'auto': the fastest that can do the job, logged.
+        name: 'reference', 'triton', 'gluon' (Hopper's own attention kernel, the rest as 'triton';
+            not chosen by itself yet), or 'auto': the fastest that can do the job, logged.
         job: what it has to do.
 
     Raises:
@@ -96,13 +104,15 @@ def resolve_backend(name: str, job: AttentionJob) -> AttentionBackend:
     if name not in BACKENDS:
         raise UserError(f"no attention backend '{name}'; choose one of {', '.join(BACKENDS)}")
     obstacles = _triton_obstacles(job)
-    if name == "triton":
+    if name == "gluon":
+        obstacles += _gluon_obstacles(job)
+    if name != "auto":
         if obstacles:
             raise UserError(
-                f"the attention backend 'triton' cannot be used: {'; '.join(obstacles)}; "
+                f"the attention backend '{name}' cannot be used: {'; '.join(obstacles)}; "
                 "choose 'auto' or 'reference'"
             )
-        return _triton()
+        return _gluon() if name == "gluon" else _triton()
     # Triton's interpreter makes a CPU look able, but only a test would ask for it, and by name.
     if obstacles or job.device.type != "cuda":
         log.info("sparse attention: reference (triton: %s)", "; ".join(obstacles) or "interpreted")
@@ -126,6 +136,34 @@ def _triton() -> AttentionBackend:
         ops.select_blocks_triton,
         ops.block_sparse_attention_triton,
     )
+
+
+def _gluon() -> AttentionBackend:
+    from ..kernels.gluon_attention import block_sparse_attention_gluon
+
+    return replace(_triton(), name="gluon", block_sparse_attention=block_sparse_attention_gluon)
+
+
+def _gluon_machine_obstacles() -> list[str]:
+    """Reasons why this machine cannot run the Gluon kernel, beside those of Triton."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == _GLUON_CAPABILITY:
+        return []
+    return ["it needs compute capability 9.0 (H100, H200)"]
+
+
+def _gluon_obstacles(job: AttentionJob) -> list[str]:
+    """What the Gluon kernel cannot do of a job that the others could."""
+    obstacles = _gluon_machine_obstacles()
+    if job.query_block_tokens != _GLUON_QUERY_BLOCK:
+        obstacles.append(
+            f"its query blocks are {_GLUON_QUERY_BLOCK} tokens, asked were {job.query_block_tokens}"
+        )
+    if job.key_block_tokens not in _GLUON_KEY_BLOCKS:
+        obstacles.append(
+            f"its key blocks are {_listed(_GLUON_KEY_BLOCKS)} tokens, asked were "
+            f"{job.key_block_tokens}"
+        )
+    return obstacles
 
 
 def _is_interpreted() -> bool:

@@ -105,7 +105,10 @@ def add_sparse_options(parser: argparse.ArgumentParser) -> None:
         help="choose blocks once a chunk, or anew in every pass as released",
     )
     group.add_argument(
-        "--backend", default="auto", choices=("auto", "triton", "reference"), help="who computes"
+        "--backend",
+        default="auto",
+        choices=("auto", "triton", "gluon", "reference"),
+        help="who computes",
     )
 
 

@@ -49,6 +49,7 @@ def test_schedule_prints_writes_and_draws_the_published_curve(
         ["generate", PROMPT, "--out=x.mp4", "--keep-frames=4"],
         ["generate", PROMPT, "--out=x.mp4", "--sparsity=0.5", "--keep-frames=1"],
         ["generate", PROMPT, "--out=x.mp4", "--sparsity=0.5", "--backend=triton", "--device=cpu"],
+        ["generate", PROMPT, "--out=x.mp4", "--sparsity=0.5", "--backend=gluon", "--device=cpu"],
         ["generate", PROMPT, "--out=x.mp4", "--sparsity=0.5", "--key-block=0"],
     ],
     ids=lambda a: " ".join(a[0:1] + a[2:]),
