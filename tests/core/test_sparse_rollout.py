@@ -299,9 +299,17 @@ def test_auto_never_takes_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_backends_are_listed_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    triton, reference = list_backends()
-    assert (reference.available, triton.available) == (True, False)
+    triton, gluon, reference = list_backends()
+    assert [triton.available, gluon.available, reference.available] == [False, False, True]
     assert "Triton is not installed" in triton.reason
+    assert "Triton is not installed" in gluon.reason
+
+
+def test_gluon_says_all_that_it_cannot_do() -> None:
+    with pytest.raises(UserError) as caught:
+        resolve_backend("gluon", job())
+    for reason in ("9.0", "query blocks are 128", "'auto' or 'reference'"):
+        assert reason in str(caught.value)
 
 
 def test_triton_makes_the_same_video() -> None:
