@@ -20,6 +20,7 @@ from .checkpoints.lora import check_loras, load_lora
 from .embedded import EMBEDDED_MODEL, EMBEDDED_VAE
 from .errors import Cancelled, UserError
 from .layout import FrameSize
+from .memory import usable_device
 from .noise import SeededNoise, check_seed
 from .outputs import check_output
 from .request import GenerateRequest, check_cache, frames_to_generate, settings_for
@@ -230,15 +231,7 @@ class _Job:
 
 
 def _placement(request: GenerateRequest) -> tuple[torch.device, torch.dtype]:
-    name = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise UserError(f"device '{name}' is not supported; use cpu or cuda")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device '{name}' cannot be used: {reason}; try --device cpu") from error
+    device = usable_device(request.device)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     return device, request.dtype or default
 

@@ -98,7 +98,7 @@ def convert_checkpoint(
         family=family_found.name if family_found else None,
         dropped=checkpoint.unexpected,
         unmatched=unmatched,
-        notes=notes(checkpoint, has_loras=bool(loras)),
+        notes=notes(checkpoint, [lora for lora, _ in loras]),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from ..errors import UserError
 from ..kv_cache import CacheSpec
 from ..layout import FrameSize, latent_frames
-from ..memory import GIB, available_bytes
+from ..memory import GIB, available_bytes, usable_device
 from .checkpoint import WIDENED, Checkpoint, Progress, is_finite, open_checkpoint, some
 from .families import Identification
 from .load import notes
@@ -138,8 +138,8 @@ def inspect_checkpoint(
             size = FrameSize(preset.width, preset.height)
     if frames is None:
         frames = preset.frames or _DEFAULT_FRAMES
-    memory = _memory_need(checkpoint, size, frames, _device(device))
-    return Inspection(checkpoint, memory, notes(checkpoint, has_loras=False))
+    memory = _memory_need(checkpoint, size, frames, usable_device(device))
+    return Inspection(checkpoint, memory, notes(checkpoint))
 
 
 def check_values(checkpoint: Checkpoint, on_progress: Progress = lambda done, total: None) -> None:
@@ -231,18 +231,6 @@ def _family_text(identification: Identification) -> str:
 def file_bytes(path: Path) -> int:
     """Size of all files that a checkpoint is read from."""
     return sum(file.stat().st_size for file in find_shards(path).files)
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise UserError(f"device '{name}' is not supported; use cpu or cuda")
-        available_bytes(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device '{name}' cannot be used: {reason}; try --device cpu") from error
-    return device
 
 
 def _memory_need(

@@ -12,7 +12,7 @@ import torch
 from ..wan.config import WanConfig
 from ..wan.modules import WanModel
 from .checkpoint import Checkpoint, Progress, open_checkpoint, some
-from .lora import Lora
+from .lora import Lora, check_loras
 from .presets import Preset
 
 log = logging.getLogger("lightforcing")
@@ -86,7 +86,7 @@ def load_checkpoint(
         checkpoint.recognised.format,
         checkpoint.preset,
         checkpoint.unexpected,
-        notes(checkpoint, has_loras=bool(loras)),
+        notes(checkpoint, [lora for lora, _ in loras]),
     )
 
 
@@ -106,8 +106,8 @@ def _report(checkpoint: Checkpoint) -> None:
     )
 
 
-def notes(checkpoint: Checkpoint, *, has_loras: bool) -> tuple[str, ...]:
-    """What the user of a checkpoint should know, a line each."""
+def notes(checkpoint: Checkpoint, loras: Sequence[Lora] = ()) -> tuple[str, ...]:
+    """What the user of a checkpoint, and of LoRAs given with it, should know, a line each."""
     name = checkpoint.path.name
     identification = checkpoint.identification
     family = identification.family
@@ -130,9 +130,12 @@ def notes(checkpoint: Checkpoint, *, has_loras: bool) -> tuple[str, ...]:
     if family is not None and family.not_reproduced:
         left_out = "; ".join(family.not_reproduced)
         lines.append(f"{name}: not reproduced of {family.title}: {left_out}")
-    if checkpoint.merged_loras and has_loras:
+    unmatched = check_loras(loras, checkpoint.shapes)
+    if unmatched:
+        lines.append(f"{name}: ignored {len(unmatched)} entries of LoRA files ({some(unmatched)})")
+    if checkpoint.merged_loras and loras:
         already = ", ".join(checkpoint.merged_loras)
         lines.append(f"{name}: holds {already} already; the LoRA given is added to that")
-    if family is not None and family.needs_lora and not has_loras and not checkpoint.merged_loras:
+    if family is not None and family.needs_lora and not loras and not checkpoint.merged_loras:
         lines.append(f"{name}: {family.title} is a base and a LoRA; give the LoRA too (--lora)")
     return tuple(lines)

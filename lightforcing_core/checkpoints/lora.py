@@ -50,7 +50,7 @@ def check_loras(loras: Sequence[Lora], shapes: Mapping[str, torch.Size]) -> tupl
 
     Returns:
         What will not be used: keys of the files that name no parameter of Wan, and parameters
-        that this denoiser lacks. Logged as one warning.
+        that this denoiser lacks. Whoever loads says so (`load.notes`): this is asked several times.
 
     Raises:
         UserError: an update has another shape than its parameter, or a LoRA has nothing for
@@ -66,8 +66,6 @@ def check_loras(loras: Sequence[Lora], shapes: Mapping[str, torch.Size]) -> tupl
             )
         _check_shapes(lora, shapes)
         unmatched += [*lora.unmatched, *absent]
-    if unmatched:
-        log.warning("ignored %d entries of LoRA files (%s)", len(unmatched), _some(unmatched))
     return tuple(unmatched)
 
 

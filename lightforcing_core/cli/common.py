@@ -69,6 +69,23 @@ def numbers(text: str) -> tuple[float, ...]:
         ) from error
 
 
+def count(text: str) -> int:
+    """A whole number from 1 up."""
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got '{text}'")
+    return int(text)
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Whole numbers from 0 up, separated by commas."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers separated by commas, got '{text}'"
+        )
+    return tuple(map(int, parts))
+
+
 class Parser(argparse.ArgumentParser):
     """Complains in one line, like every other bad input; --help has the usage."""
 

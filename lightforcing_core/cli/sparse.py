@@ -6,12 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import EXIT_FAILED_CHECK, AddCommand, numbers, say, write_json
+from .common import EXIT_FAILED_CHECK, AddCommand, count, counts, numbers, say, write_json
 
 if TYPE_CHECKING:
     from ..layout import FrameSize
     from ..sparse_settings import SparseSettings
 
+# Options of `generate` that say how attention is sparse, but not that it is.
+_SPARSE_OPTIONS = (
+    "base_sparsity", "schedule", "policy", "keep_frames", "keep_sink", "keep_near",
+    "guarantee_sink", "guarantee_own_block", "query_block", "key_block", "plan", "backend",
+)  # fmt: skip
 _BENCHES = ("attention", "rollout", "vae")
 
 
@@ -33,12 +38,12 @@ def add_commands(command: AddCommand) -> None:
     bench = command("bench", _bench, "Measure attention, whole rollouts or decoding here.")
     bench.add_argument("what", choices=_BENCHES)
     bench.add_argument("--csv", type=Path, help="write the table")
-    bench.add_argument("--runs", type=int, help="measurements of each method")
+    bench.add_argument("--runs", type=count, help="measurements of each method")
     bench.add_argument("--device", help="default: cuda where there is one; cpu runs a small size")
-    bench.add_argument("--query-block", type=int, default=128, help="attention only")
-    bench.add_argument("--key-block", type=int, default=64, help="attention only")
+    bench.add_argument("--query-block", type=count, default=128, help="attention only")
+    bench.add_argument("--key-block", type=count, default=64, help="attention only")
     bench.add_argument(
-        "--frame-tokens", type=int, default=1536, help="attention only; 1560 is 832x480"
+        "--frame-tokens", type=count, default=1536, help="attention only; 1560 is 832x480"
     )
     bench.add_argument("--target", type=float, default=0.88, metavar="X", help="sparsity")
     bench.add_argument("--base", type=float, metavar="X", help="limit of the growth")
@@ -48,7 +53,7 @@ def add_commands(command: AddCommand) -> None:
         metavar="WIDTHxHEIGHT",
         help="rollout and vae on a GPU; may be given several times (default 832x480, 768x512)",
     )
-    bench.add_argument("--chunks", type=numbers, help="attention only: chunks, from 0")
+    bench.add_argument("--chunks", type=counts, help="attention only: chunks, from 0")
 
     compiling = command(
         "compile-kernels", _compile, "Compile every kernel for GPUs that need not be here."
@@ -62,7 +67,6 @@ def add_schedule_kind(group: argparse._ActionsContainer) -> None:
     """Which curve, and its points."""
     group.add_argument(
         "--schedule",
-        default="chunk_aware",
         choices=("chunk_aware", "uniform", "linear", "hand_drawn"),
         help="curve of the sparsity over chunks (default: chunk_aware, the paper's)",
     )
@@ -83,7 +87,6 @@ def add_sparse_options(parser: argparse.ArgumentParser) -> None:
     add_schedule_kind(group)
     group.add_argument(
         "--policy",
-        default="hierarchical",
         choices=("hierarchical", "block_top_k", "sliding_window", "dense"),
         help="which blocks are kept (default: hierarchical, the paper's)",
     )
@@ -101,12 +104,10 @@ def add_sparse_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--plan",
         choices=("chunk", "pass"),
-        default="chunk",
-        help="choose blocks once a chunk, or anew in every pass as released",
+        help="choose blocks once a chunk (default), or anew in every pass as released",
     )
     group.add_argument(
         "--backend",
-        default="auto",
         choices=("auto", "triton", "gluon", "reference"),
         help="who computes",
     )
@@ -118,26 +119,26 @@ def sparse_settings(arguments: argparse.Namespace) -> SparseSettings | None:
     from ..sparse_settings import SparseSettings, make_policy, make_schedule
 
     if arguments.sparsity is None and not arguments.schedule_values:
-        changed = [
-            name
-            for name in ("base_sparsity", "keep_frames", "keep_sink", "keep_near", "query_block")
-            if getattr(arguments, name) is not None
-        ]
-        if changed and not arguments.dense:
-            option = changed[0].replace("_", "-")
+        given = [name for name in _SPARSE_OPTIONS if getattr(arguments, name)]
+        if given and not arguments.dense:
+            option = given[0].replace("_", "-")
             raise UserError(f"--{option} has no meaning without --sparsity; give both or neither")
         return None
+    if arguments.schedule_values and arguments.sparsity is not None:
+        raise UserError(
+            "--schedule-values says the sparsity of every chunk, and so does --sparsity; give one"
+        )
     if arguments.dense:
         raise UserError("--dense and --sparsity contradict each other; give one of them")
     return SparseSettings(
         schedule=make_schedule(
             arguments.sparsity,
             base_sparsity=arguments.base_sparsity,
-            kind="hand_drawn" if arguments.schedule_values else arguments.schedule,
+            kind=_schedule_kind(arguments),
             values=arguments.schedule_values,
         ),
         policy=make_policy(
-            arguments.policy,
+            arguments.policy or "hierarchical",
             keep_frames=arguments.keep_frames,
             keep_sink=arguments.keep_sink,
             keep_near=arguments.keep_near,
@@ -147,8 +148,12 @@ def sparse_settings(arguments: argparse.Namespace) -> SparseSettings | None:
         query_block_tokens=arguments.query_block,
         key_block_tokens=arguments.key_block,
         plan_steps=None if arguments.plan == "pass" else (0,),
-        backend=arguments.backend,
+        backend=arguments.backend or "auto",
     )
+
+
+def _schedule_kind(arguments: argparse.Namespace) -> str:
+    return "hand_drawn" if arguments.schedule_values else arguments.schedule or "chunk_aware"
 
 
 def _schedule(arguments: argparse.Namespace) -> int:
@@ -159,7 +164,7 @@ def _schedule(arguments: argparse.Namespace) -> int:
     schedule = make_schedule(
         arguments.target,
         base_sparsity=arguments.base,
-        kind="hand_drawn" if arguments.schedule_values else arguments.schedule,
+        kind=_schedule_kind(arguments),
         values=arguments.schedule_values,
     )
     report = schedule_report(
@@ -185,12 +190,10 @@ def _schedule(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    import torch
-
     from ..bench.common import write_csv
+    from ..memory import usable_device
 
-    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    device = usable_device(arguments.device)
     run = {"attention": _bench_attention, "rollout": _bench_rollout, "vae": _bench_vae}
     result = run[arguments.what](arguments, device)
     write_json(arguments.json, result)
@@ -221,7 +224,7 @@ def _bench_attention(arguments: argparse.Namespace, device: Any) -> dict[str, An
     base = default_base(arguments.target) if arguments.base is None else arguments.base
     case = replace(case, target=arguments.target, base=base)
     if arguments.chunks:
-        case = replace(case, chunks=tuple(int(chunk) for chunk in arguments.chunks))
+        case = replace(case, chunks=arguments.chunks)
     return bench_attention(case, device, arguments.runs or 30)
 
 

@@ -650,3 +650,18 @@ def test_the_expected_parameters_are_those_of_the_model_in_its_order() -> None:
         with torch.device("meta"):
             wanted = [(k, p.shape) for k, p in WanModel(config).named_parameters()]
         assert list(parameter_shapes(config).items()) == wanted
+
+
+def test_lora_keys_without_a_place_are_one_note(
+    weights: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, file = tmp_path / "self_forcing_dmd.pt", tmp_path / "lora.safetensors"
+    torch.save(under("model.", weights), path)
+    odd = {f"base_model.model.nowhere.{i}.lora_A.weight": torch.ones(2, 2) for i in range(5)}
+    save_file(longlive_lora() | odd, file)
+    lora = load_lora(file)
+    caplog.clear()
+    (note,) = load_model(path, loras=[(lora, 1.0)]).notes
+    assert "ignored 5 entries of LoRA files" in note
+    assert sum(key in note for key in odd) == 3
+    assert not any("ignored" in record.getMessage() for record in caplog.records)
