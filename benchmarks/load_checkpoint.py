@@ -11,11 +11,8 @@ first. Memory is private (anonymous) host memory, sampled every 2 ms; mapped pag
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
-import platform
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
@@ -28,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightforcing.lightforcing_core.bench.common import device_name, machine_facts, write_csv
 from lightforcing.lightforcing_core.checkpoints.files import read_state_dict
 from lightforcing.lightforcing_core.checkpoints.load import load_model
 from lightforcing.lightforcing_core.wan.config import WanConfig
@@ -188,24 +186,9 @@ def main() -> None:
                     }
                 )
                 print(rows[-1], flush=True)  # noqa: T201 (a program's output)
-    write_csv(arguments.csv, rows, device)
+    place = torch.device(device)
+    write_csv(arguments.csv, rows, {"machine": device_name(place), **machine_facts(place)})
     draw(arguments.csv.with_suffix(".png"), rows, device)
-
-
-def write_csv(path: Path, rows: list[dict], device: str) -> None:
-    """The table, with the machine, versions and commit in every row."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    where = platform.processor() or platform.machine()
-    if device.startswith("cuda"):
-        where = torch.cuda.get_device_name(device)
-    facts = {"machine": where, "torch": torch.__version__, "commit": commit or "not known"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
 
 
 def draw(path: Path, rows: list[dict], device: str) -> None:

@@ -120,11 +120,11 @@ def _rows(
 ) -> list[dict[str, Any]]:
     run()  # compiles, fills caches
     samples = [run() for _ in range(repeats)]
-    best = sorted(samples, key=lambda chunks: sum(d + c for d, c in chunks))[len(samples) // 2]
+    typical = sorted(samples, key=lambda chunks: sum(d + c for d, c in chunks))[len(samples) // 2]
     facts = {"method": name, "width": case.size.width, "height": case.size.height}
     rows = [
         {**facts, "chunk": i, "denoise_ms": round(d * 1e3, 2), "clean_ms": round(c * 1e3, 2)}
-        for i, (d, c) in enumerate(best)
+        for i, (d, c) in enumerate(typical)
     ]
     totals = [sum(d + c for d, c in chunks) for chunks in samples]
     middle = sorted(totals)[len(totals) // 2]
@@ -132,8 +132,8 @@ def _rows(
         {
             **facts,
             "chunk": "all",
-            "denoise_ms": round(sum(d for d, _ in best) * 1e3, 2),
-            "clean_ms": round(sum(c for _, c in best) * 1e3, 2),
+            "denoise_ms": round(sum(d for d, _ in typical) * 1e3, 2),
+            "clean_ms": round(sum(c for _, c in typical) * 1e3, 2),
             "seconds": round(middle, 4),
             "seconds_min": round(min(totals), 4),
             "seconds_max": round(max(totals), 4),
