@@ -1,8 +1,4 @@
-"""A growth schedule as a picture.
-
-Drawn with Pillow, which is always there, and not with matplotlib, which is an extra of the
-benchmarks: a node has to draw this inside any ComfyUI.
-"""
+"""A growth schedule as a picture."""
 
 from __future__ import annotations
 
@@ -10,24 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .errors import UserError
 from .outputs import check_output, replacing
+from .palette import BLUE, FAINT, GRID, INK, PALE_BLUE, PAPER, RED, Color, Font, font
 
 _WIDTH, _HEIGHT = 960, 540  # pixels of the finished picture
 _FINER = 2  # drawn larger and shrunk, which smooths every edge
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 76, 96, 64
-
-_PAPER = (255, 255, 255)
-_INK = (38, 43, 51)
-_FAINT = (120, 128, 140)
-_GRID = (228, 231, 236)
-_ALL_KEYS = (222, 231, 243)
-_KEPT_KEYS = (88, 140, 209)
-_CURVE = (214, 93, 59)
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def plot_schedule(report: Mapping[str, Any], path: Path) -> None:
@@ -60,29 +47,29 @@ def draw_schedule(report: Mapping[str, Any]) -> Image.Image:
     canvas.title(_title(report), _subtitle(report))
     for tenth in range(0, 11, 2):
         height = tenth / 10
-        canvas.line([(0, height), (1, height)], _GRID, 1)
-        canvas.label(0, height, f"{10 * tenth} %", _CURVE, "rm", dx=-10)
-        canvas.label(1, height, f"{round(top * height)}", _KEPT_KEYS, "lm", dx=10)
-    canvas.label(0, 1, "sparsity", _CURVE, "ls", dx=-_LEFT + 18, dy=-16)
-    canvas.label(1, 1, "key blocks per query block", _KEPT_KEYS, "rs", dx=_RIGHT - 18, dy=-16)
+        canvas.line([(0, height), (1, height)], GRID, 1)
+        canvas.label(0, height, f"{10 * tenth} %", RED, "rm", dx=-10)
+        canvas.label(1, height, f"{round(top * height)}", BLUE, "lm", dx=10)
+    canvas.label(0, 1, "sparsity", RED, "ls", dx=-_LEFT + 18, dy=-16)
+    canvas.label(1, 1, "key blocks per query block", BLUE, "rs", dx=_RIGHT - 18, dy=-16)
 
     step = 1 / len(sparsities)
     for chunk, (keep, total) in enumerate(zip(kept, key_blocks, strict=True)):
         left, right = (chunk + 0.2) * step, (chunk + 0.8) * step
-        canvas.bar(left, right, total / top, _ALL_KEYS)
-        canvas.bar(left, right, keep / top, _KEPT_KEYS)
+        canvas.bar(left, right, total / top, PALE_BLUE)
+        canvas.bar(left, right, keep / top, BLUE)
     points = [((i + 0.5) * step, s) for i, s in enumerate(sparsities)]
-    canvas.line(points, _CURVE, 3)
+    canvas.line(points, RED, 3)
     every = -(-len(points) // 21)  # so many numbers fit side by side
     for chunk, (x, y) in enumerate(points):
-        canvas.dot(x, y, 5 if every == 1 else 3, _CURVE)
+        canvas.dot(x, y, 5 if every == 1 else 3, RED)
         if chunk % every == 0:
-            canvas.label(x, 0, f"{chunk + 1}", _INK, "mt", dy=9)
+            canvas.label(x, 0, f"{chunk + 1}", INK, "mt", dy=9)
             if len(points) <= 12:
                 if y:  # at 0 the note would lie on the bar, which says it too
-                    canvas.note(x, y, f"{100 * y:.1f} %", _CURVE, dy=-12)
-                canvas.note(x, kept[chunk] / top, f"{kept[chunk]}", _INK, dy=-5)
-    canvas.label(0.5, 0, "chunk", _FAINT, "mt", dy=32)
+                    canvas.note(x, y, f"{100 * y:.1f} %", RED, dy=-12)
+                canvas.note(x, kept[chunk] / top, f"{kept[chunk]}", INK, dy=-5)
+    canvas.label(0.5, 0, "chunk", FAINT, "mt", dy=32)
     return canvas.finished()
 
 
@@ -116,26 +103,24 @@ class _Canvas:
 
     def __init__(self) -> None:
         size = (_WIDTH * _FINER, _HEIGHT * _FINER)
-        self._image = Image.new("RGB", size, _PAPER)
+        self._image = Image.new("RGB", size, PAPER)
         self._draw = ImageDraw.Draw(self._image)
 
     def _at(self, x: float, y: float) -> tuple[float, float]:
         wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
         return _FINER * (_LEFT + x * wide), _FINER * (_TOP + (1 - y) * high)
 
-    def line(
-        self, points: Sequence[tuple[float, float]], color: tuple[int, int, int], width: int
-    ) -> None:
+    def line(self, points: Sequence[tuple[float, float]], color: Color, width: int) -> None:
         places = [self._at(x, y) for x, y in points]
         self._draw.line(places, fill=color, width=width * _FINER, joint="curve")
 
-    def bar(self, left: float, right: float, height: float, color: tuple[int, int, int]) -> None:
+    def bar(self, left: float, right: float, height: float, color: Color) -> None:
         (x0, y0), (x1, y1) = self._at(left, height), self._at(right, 0)
         self._draw.rectangle((x0, y0, x1, y1), fill=color)
 
-    def dot(self, x: float, y: float, radius: int, color: tuple[int, int, int]) -> None:
+    def dot(self, x: float, y: float, radius: int, color: Color) -> None:
         cx, cy = self._at(x, y)
-        for r, fill in ((radius + 2, _PAPER), (radius, color)):
+        for r, fill in ((radius + 2, PAPER), (radius, color)):
             r *= _FINER
             self._draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=fill)
 
@@ -144,7 +129,7 @@ class _Canvas:
         x: float,
         y: float,
         text: str,
-        color: tuple[int, int, int],
+        color: Color,
         anchor: str,
         *,
         dx: int = 0,
@@ -154,7 +139,7 @@ class _Canvas:
         place = (cx + dx * _FINER, cy + dy * _FINER)
         self._draw.text(place, text, fill=color, font=_font(15), anchor=anchor)
 
-    def note(self, x: float, y: float, text: str, color: tuple[int, int, int], *, dy: int) -> None:
+    def note(self, x: float, y: float, text: str, color: Color, *, dy: int) -> None:
         """Small text over a point, with a margin of paper so that bars do not hide it."""
         cx, cy = self._at(x, y)
         self._draw.text(
@@ -164,18 +149,18 @@ class _Canvas:
             font=_font(13),
             anchor="ms",
             stroke_width=2 * _FINER,
-            stroke_fill=_PAPER,
+            stroke_fill=PAPER,
         )
 
     def title(self, text: str, subtitle: str) -> None:
         place = (18 * _FINER, 16 * _FINER)
-        self._draw.text(place, text, fill=_INK, font=_font(22), anchor="lt")
+        self._draw.text(place, text, fill=INK, font=_font(22), anchor="lt")
         place = (18 * _FINER, 46 * _FINER)
-        self._draw.text(place, subtitle, fill=_FAINT, font=_font(14), anchor="lt")
+        self._draw.text(place, subtitle, fill=FAINT, font=_font(14), anchor="lt")
 
     def finished(self) -> Image.Image:
         return self._image.resize((_WIDTH, _HEIGHT), Image.Resampling.LANCZOS)
 
 
 def _font(pixels: int) -> Font:
-    return ImageFont.load_default(pixels * _FINER)
+    return font(pixels * _FINER)
