@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.grid import BlockGrid
 from .errors import UserError
 from .sparse import SparseAttention
 
@@ -21,7 +20,8 @@ class SelectionRecord:
         chunk: from 0.
         query_frames: latent frames of the chunk itself.
         key_frames: latent frames it could see, its own included, ascending.
-        query_blocks, key_blocks: blocks of one latent frame.
+        query_blocks: of the chunk; 1, which stands for all, where every layer was dense.
+        key_blocks: of one latent frame.
         num_layers, num_heads: of the model.
         bits: per layer uint8 [heads, rows, ceil(columns / 8)], the bits of whole rows packed; a
             row is a query block of the chunk, a column a key block of `key_frames`, in order.
@@ -55,8 +55,7 @@ class SelectionRecord:
         columns = len(self.key_frames) * self.key_blocks
         packed = self.bits[layer]
         if packed is None:
-            rows = len(self.query_frames) * self.query_blocks
-            return np.ones((rows, columns), np.float32)
+            return np.ones((self.query_blocks, columns), np.float32)
         kept = np.unpackbits(packed if head is None else packed[head, None], axis=-1, count=columns)
         return kept.mean(axis=0, dtype=np.float32)
 
@@ -76,9 +75,8 @@ def record_selection(attention: SparseAttention, chunk: int) -> SelectionRecord:
         attention: as the chunk has left it, before its clean pass.
         chunk: from 0.
     """
-    cache, settings = attention.cache, attention.settings
+    cache, plans = attention.cache, attention.plans
     spec = cache.spec
-    plans = attention.plans
     by_age = sorted(range(cache.visible_frames), key=lambda slot: cache.slot_frames[slot])
     per_frame = spec.blocks_per_frame
     columns = [slot * per_frame + block for slot in by_age for block in range(per_frame)]
@@ -86,9 +84,7 @@ def record_selection(attention: SparseAttention, chunk: int) -> SelectionRecord:
         chunk=chunk,
         query_frames=tuple(cache.slot_frames[slot] for slot in cache.open_slots),
         key_frames=tuple(cache.slot_frames[slot] for slot in by_age),
-        query_blocks=BlockGrid(
-            spec.frame_tokens, settings.query_block(spec.frame_tokens)
-        ).blocks_per_segment,
+        query_blocks=max((counts.shape[-1] for _, counts in plans.values()), default=1),
         key_blocks=per_frame,
         num_layers=spec.num_layers,
         num_heads=spec.num_heads,

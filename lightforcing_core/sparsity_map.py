@@ -15,6 +15,7 @@ _MAP_WIDTH, _MAP_HEIGHT = 1060, 620  # pixels of the map at most
 _LARGEST_CELL = 14  # pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 92, 92, 96, 108
 _CHUNK_GAP = 6  # pixels between two chunks
+_FRAME_HEIGHT = 112  # pixels of a latent frame's queries at most
 _LEAST_HEIGHT = 8  # pixels of a chunk
 _LEGEND_WIDTH = 720
 _LEAST_TICK = 30  # pixels between two numbers on the axis
@@ -54,12 +55,13 @@ def draw_sparsity_map(
     end = max(record.key_frames[-1] for record in records) + 1
     frames = end - start
     columns = frames * first.key_blocks
-    rows = sum(share.shape[0] for share in shares)
     gap = _CHUNK_GAP if len(records) <= 12 else 2
     gaps = gap * (len(records) - 1)
     width = max(round(columns * min(_LARGEST_CELL, _MAP_WIDTH / columns)), 1)
-    cell = min(_LARGEST_CELL, (_MAP_HEIGHT - gaps) / rows)
-    heights = [max(round(share.shape[0] * cell), _LEAST_HEIGHT) for share in shares]
+    # Rows are as high as their latent frames are long, so that time runs down evenly.
+    row_frames = [len(record.query_frames) for record in records]
+    frame_height = min(_FRAME_HEIGHT, (_MAP_HEIGHT - gaps) / sum(row_frames))
+    heights = [max(round(frames * frame_height), _LEAST_HEIGHT) for frames in row_frames]
     size = (
         _LEFT + max(width, _LEGEND_WIDTH) + _RIGHT,
         _TOP + sum(heights) + gaps + _BOTTOM,
@@ -180,7 +182,6 @@ def _draw_title(
     draw.text((18, 16), f"What each query block saw in {chunks}", INK, font(22), anchor="lt")
     subtitle = (
         f"{which('layer', layer, first.num_layers)}, {which('head', head, first.num_heads)}; "
-        f"a latent frame has {first.query_blocks} query and {first.key_blocks} key blocks; "
-        "query blocks run downwards"
+        f"{last.query_blocks} query blocks downwards, {first.key_blocks} key blocks a latent frame"
     )
     draw.text((18, 46), subtitle, FAINT, font(14), anchor="lt")
