@@ -150,10 +150,41 @@ class ChunkStatistics:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A finished chunk: latents float32 [B, C, frames, h, w], normalised, and its statistics."""
+    """A finished chunk.
+
+    Attributes:
+        latents: float32 [B, C, frames, h, w], normalised.
+        attention: the run's; what it says (`SparseAttention.plans`) is of this chunk until the
+            next one is asked for.
+    """
 
     latents: Tensor
     statistics: ChunkStatistics
+    attention: ChunkAttention
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One forward that a rollout needs, for a host that runs its models itself.
+
+    Attributes:
+        latents: noisy, float32 [B, C, F, h, w].
+        timestep: of all frames, 0..1000.
+        frames: their absolute latent frame indices.
+        step: denoising step from 0; None for a clean pass, whose result nobody reads.
+        velocity: the forward, to be called exactly once, where the host's model would run: x
+            [B, C, F, h, w] in the forwards' dtype and the prompt, to the velocity in x's dtype.
+    """
+
+    latents: Tensor
+    timestep: float
+    frames: Sequence[int]
+    step: int | None
+    velocity: Callable[[Tensor, TextContext], Tensor]
+
+
+# Runs a forward; returns clean latents, float32 [B, C, F, h, w].
+ModelHost = Callable[[ModelCall], Tensor]
 
 
 class _Denoiser:
@@ -162,12 +193,13 @@ class _Denoiser:
     def __init__(
         self,
         tree: nn.Module,
-        text: TextContext,
+        text: TextContext | None,
         cache: KVCache,
         attend: ChunkAttention,
         dtype: torch.dtype,
         should_stop: Callable[[], bool],
         block_runner: RunBlock | None,
+        host: ModelHost | None,
     ) -> None:
         self.tree = tree
         self.text = text
@@ -176,34 +208,46 @@ class _Denoiser:
         self.dtype = dtype
         self.should_stop = should_stop
         self.block_runner = block_runner
+        self.host = host or self._run_model
         self.forwards = 0
 
     def positions(self, frames: Sequence[int], latents: Tensor) -> PositionTable:
         height, width = latents.shape[-2:]
         return position_table(self.tree, frames, height, width, latents.device)
 
-    def velocity(
-        self, latents: Tensor, timestep: float, frames: Sequence[int], positions: PositionTable
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: float,
+        frames: Sequence[int],
+        step: int | None,
+        positions: PositionTable,
     ) -> Tensor:
+        """Clean latents as one forward sees them."""
         if self.should_stop():
             raise Cancelled("stopped at the caller's request")
-        timesteps = torch.full((latents.shape[0], latents.shape[2]), timestep)
         self.forwards += 1
-        return wan_forward(
-            self.tree,
-            latents.to(self.dtype),
-            timesteps.to(latents.device),
-            frames,
-            self.text,
-            self.attend,
-            positions,
-            self.block_runner,
-        )
+        self.attend.begin_pass(step)
+
+        def velocity(x: Tensor, text: TextContext) -> Tensor:
+            timesteps = torch.full((x.shape[0], x.shape[2]), timestep).to(x.device)
+            return wan_forward(
+                self.tree, x, timesteps, frames, text, self.attend, positions, self.block_runner
+            )
+
+        return self.host(ModelCall(latents, timestep, frames, step, velocity))
+
+    def _run_model(self, call: ModelCall) -> Tensor:
+        """The host where there is none."""
+        assert self.text is not None
+        velocity = call.velocity(call.latents.to(self.dtype), self.text)
+        sigma = call.timestep / TRAIN_TIMESTEPS
+        # Float64 as in Self Forcing: the difference of two large terms.
+        return (call.latents.double() - sigma * velocity.double()).float()
 
     def clean_pass(self, latents: Tensor, timestep: float, frames: Sequence[int]) -> None:
         """Write the keys and values of finished latents and close their chunk."""
-        self.attend.begin_pass(None)
-        self.velocity(latents, timestep, frames, self.positions(frames, latents))
+        self.predict(latents, timestep, frames, None, self.positions(frames, latents))
         self.cache.commit()
 
     def denoise(self, noise: NoiseSource, steps: Sequence[float], frames: Sequence[int]) -> Tensor:
@@ -215,11 +259,7 @@ class _Denoiser:
                 sigma = timestep / TRAIN_TIMESTEPS
                 fresh = noise.renoise(frames, step).float()
                 latents = (1 - sigma) * latents + sigma * fresh
-            self.attend.begin_pass(step)
-            velocity = self.velocity(latents, timestep, frames, positions)
-            sigma = timestep / TRAIN_TIMESTEPS
-            # Float64 as in Self Forcing: the difference of two large terms.
-            latents = (latents.double() - sigma * velocity.double()).float()
+            latents = self.predict(latents, timestep, frames, step, positions)
         return latents
 
 
@@ -285,20 +325,22 @@ def _attention(
 def rollout(
     tree: nn.Module,
     settings: RolloutSettings,
-    text: TextContext,
+    text: TextContext | None,
     noise: NoiseSource,
     *,
     given_latents: Tensor | None = None,
     dtype: torch.dtype | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     block_runner: RunBlock | None = None,
+    host: ModelHost | None = None,
+    sparse_for_chunk: Callable[[int], SparseSettings | None] | None = None,
 ) -> Iterator[Chunk]:
     """Generate a video chunk by chunk.
 
     Args:
         tree: Wan-shaped module tree, on the device to run on.
         settings: lengths, steps, window.
-        text: from `prepare_text`.
+        text: from `prepare_text`; None only with a host, which brings the prompt itself.
         noise: decides batch, size and device.
         given_latents: frames the video continues from, float [B, C, n, h, w], normalised:
             one frame for image to video, more to extend a video. They are written to the cache
@@ -306,6 +348,9 @@ def rollout(
         dtype: of the forwards and the cache; default: the tree's.
         should_stop: asked before every forward.
         block_runner: runs the transformer blocks, see `wan_forward`.
+        host: runs the forwards instead of this function, see `ModelCall`.
+        sparse_for_chunk: asked before every chunk (index from 0) for its settings, None: dense.
+            Needs `settings.sparse`, whose block sizes and backend hold for the whole run.
 
     Yields:
         Each chunk as soon as its last denoising step is done.
@@ -314,7 +359,10 @@ def rollout(
         Cancelled: `should_stop` said so.
         UserError: settings that do not fit together, or too little memory.
     """
-    dtype = dtype or text.keys[0].dtype
+    if text is None and host is None:
+        raise ValueError("without a host, a rollout needs a text")
+    if dtype is None:
+        dtype = text.keys[0].dtype if text is not None else tree.patch_embedding.weight.dtype
     given_frames = 0 if given_latents is None else given_latents.shape[2]
     lengths = settings.chunk_lengths(given_frames)
     given_lengths = context_lengths(given_frames, settings.frames_per_chunk)
@@ -333,7 +381,9 @@ def rollout(
     )
     spec.check_chunks([*given_lengths, *lengths])
     cache, attend = _attention(settings, spec, device, given_frames)
-    denoiser = _Denoiser(tree, text, cache, attend, dtype, should_stop, block_runner)
+    if sparse_for_chunk is not None and not isinstance(attend, SparseAttention):
+        raise ValueError("settings by chunk need a run whose own settings are sparse")
+    denoiser = _Denoiser(tree, text, cache, attend, dtype, should_stop, block_runner, host)
 
     started = _synchronized_time(device)
     first = 0
@@ -357,6 +407,8 @@ def rollout(
         own_list = index == 0 and settings.first_chunk_steps is not None
         steps = check_steps(settings.first_chunk_steps if own_list else settings.steps)
         cache.enter(frames)
+        if sparse_for_chunk is not None and isinstance(attend, SparseAttention):
+            attend.change(sparse_for_chunk(index))
         attend.begin_chunk(index)
         latents = denoiser.denoise(noise, steps, frames)
         denoised = _synchronized_time(device)
@@ -376,5 +428,5 @@ def rollout(
             attend_seconds=attention.attend_seconds,
         )
         denoiser.forwards = 0
-        yield Chunk(latents, statistics)
+        yield Chunk(latents, statistics, attend)
         finished = (latents, frames)

@@ -96,6 +96,7 @@ class SparseAttention:
         self._device = cache.keys[0].device
         self._watch = Stopwatch(self._device)
         self._sparsity = 0.0
+        self._off = False
         self._step: int | None = None
         self._prepared: dict[float, _Prepared | None] = {}
         self._plans: dict[int, _Plan] = {}
@@ -106,6 +107,25 @@ class SparseAttention:
         """Latest (kv_indices, kv_counts) by layer, of the open chunk; none for a dense one."""
         return {layer: (plan.kv_indices, plan.kv_counts) for layer, plan in self._plans.items()}
 
+    def change(self, settings: SparseSettings | None) -> None:
+        """Other settings from the next chunk on; None: dense chunks until the next change.
+
+        Raises:
+            UserError: other block sizes or another backend, which hold for a whole run.
+        """
+        if settings is not None:
+            now, then = (
+                (s.query_block_tokens, s.key_block_tokens, s.backend)
+                for s in (self.settings, settings)
+            )
+            if now != then:
+                raise UserError(
+                    "block sizes (tokens) and the backend of sparse attention cannot change in a "
+                    f"run that goes on: it has {now}, asked for {then}; start a new run"
+                )
+            self.settings = settings
+        self._off = settings is None
+
     def begin_chunk(self, chunk: int | None) -> None:
         """Take the sparsity of a chunk, and send the device what its passes will need.
 
@@ -114,10 +134,8 @@ class SparseAttention:
         self._plans.clear()
         self._counts.clear()
         self._prepared.clear()
-        self._sparsity = 0.0
-        if chunk is not None and len(self.cache.open_slots) < self.cache.visible_frames:
-            self._sparsity = chunk_sparsity(self.settings.schedule, self._timeline, chunk)
         view = self._view()
+        self._sparsity = self._chunk_sparsity(chunk, view)
         for step in (0, 1, None):
             for layer in range(self.cache.spec.num_layers):
                 sparsity = self._pass_sparsity(step, layer)
@@ -161,6 +179,17 @@ class SparseAttention:
             select_seconds=taken.get("select", 0.0),
             attend_seconds=taken.get("attend", 0.0),
         )
+
+    def _chunk_sparsity(self, chunk: int | None, view: KeyView) -> float:
+        settings = self.settings
+        alone = len(view.own_slots) == len(view.slot_frames)
+        if chunk is None or alone or self._off or chunk < settings.dense_chunks:
+            return 0.0
+        sparsity = chunk_sparsity(settings.schedule, self._timeline, chunk)
+        if not sparsity or settings.keep_blocks is None:
+            return sparsity
+        # Half a block more than asked for, so that rounding down gives what was asked for.
+        return max(1 - (settings.keep_blocks + 0.5) / view.num_blocks, 0.0)
 
     def _pass_sparsity(self, step: int | None, layer: int) -> float:
         num_layers = self.cache.spec.num_layers

@@ -77,6 +77,10 @@ class SparseSettings:
             the clean pass take the latest choice. Default: once a chunk, at its first step. None:
             in every pass, as released.
         budgets: separate budgets of single passes and layers.
+        dense_chunks: the first so many chunks are dense, whatever the schedule says; the others
+            do not make up for it.
+        keep_blocks: key blocks that each query block keeps in every chunk that the schedule does
+            not leave dense, instead of what its sparsity comes to.
         backend: see `backends.resolve_backend`.
     """
 
@@ -86,13 +90,17 @@ class SparseSettings:
     key_block_tokens: int | None = None
     plan_steps: tuple[int, ...] | None = (0,)
     budgets: PassBudgets = field(default_factory=PassBudgets)
+    dense_chunks: int = 0
+    keep_blocks: int | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("query_block_tokens", "key_block_tokens"):
+        for name in ("query_block_tokens", "key_block_tokens", "keep_blocks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
+        if self.dense_chunks < 0:
+            raise UserError(f"dense_chunks must not be negative, got {self.dense_chunks}")
         if self.plan_steps is not None:
             object.__setattr__(self, "plan_steps", tuple(self.plan_steps))
             if any(step < 0 for step in self.plan_steps):

@@ -156,7 +156,7 @@ def wan_forward(
     batch, _, frames, height, width = x.shape
     if positions is None:
         positions = position_table(tree, frame_indices, height, width, x.device)
-    hidden = tree.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, F * T, dim]
+    hidden = _embed_patches(tree, x).flatten(2).transpose(1, 2)  # [B, F * T, dim]
     sinusoid = timestep_embedding(timesteps.flatten(), tree.freq_dim).to(x.dtype)
     embedded = tree.time_embedding(sinusoid)  # [B * F, dim]
     modulation = tree.time_projection(embedded).view(batch, frames, 6, -1)
@@ -169,6 +169,12 @@ def wan_forward(
     shift, scale = (_parameter(tree.head.modulation, embedded) + embedded).unbind(2)
     out = tree.head.head(_modulate(tree.head.norm(hidden), shift, scale))
     return _unpatchify(out, frames, height, width, tree.patch_size)
+
+
+def _embed_patches(tree: nn.Module, x: Tensor) -> Tensor:
+    # ComfyUI keeps this one layer in float32, whatever the type of the others.
+    wide = tree.patch_embedding.weight.dtype == torch.float32
+    return tree.patch_embedding(x.float() if wide else x).to(x.dtype)
 
 
 class RunBlock(Protocol):

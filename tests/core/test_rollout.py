@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from lightforcing.lightforcing_core.errors import Cancelled, UserError
 from lightforcing.lightforcing_core.noise import SeededNoise
-from lightforcing.lightforcing_core.rollout import Chunk, RolloutSettings, rollout
+from lightforcing.lightforcing_core.rollout import Chunk, ModelCall, RolloutSettings, rollout
 from lightforcing.lightforcing_core.wan.config import WanConfig
 from lightforcing.lightforcing_core.wan.forward import TextContext, prepare_text, wan_forward
 from lightforcing.lightforcing_core.wan.modules import WanModel
@@ -216,3 +218,31 @@ def test_the_forward_runs_on_a_foreign_tree_with_wans_names(
     settings = RolloutSettings(4, 2, STEPS)
     for ours, theirs in zip(run(tree, text, settings), run(foreign, text, settings), strict=True):
         assert torch.equal(ours.latents, theirs.latents)
+
+
+def test_a_host_runs_the_forwards(tree: WanModel, text: TextContext) -> None:
+    """It sees every forward in order, and with its own prompt and formula nothing changes."""
+    calls: list[tuple[float, int | None, int]] = []
+
+    def host(call: ModelCall) -> torch.Tensor:
+        calls.append((call.timestep, call.step, call.frames[0]))
+        velocity = call.velocity(call.latents, text)
+        return (call.latents.double() - call.timestep / 1000 * velocity.double()).float()
+
+    settings = RolloutSettings(4, 2, STEPS)
+    hosted = list(rollout(tree, settings, None, SeededNoise(0, SHAPE), host=host))
+    assert calls == [(1000, 0, 0), (500, 1, 0), (0, None, 0), (1000, 0, 2), (500, 1, 2)]
+    for a, b in zip(hosted, run(tree, text, settings), strict=True):
+        assert torch.equal(a.latents, b.latents)
+
+
+def test_the_patch_embedding_may_be_float32(tree: WanModel, text: TextContext) -> None:
+    """As in ComfyUI, which keeps this one layer wide."""
+    narrow = copy.deepcopy(tree).bfloat16()
+    narrow.patch_embedding.float()
+    prompt = TextContext(
+        tuple(key.bfloat16() for key in text.keys), tuple(value.bfloat16() for value in text.values)
+    )
+    chunks = list(rollout(narrow, RolloutSettings(2, 2, STEPS), prompt, SeededNoise(0, SHAPE)))
+    wide = run(tree, text, RolloutSettings(2, 2, STEPS))
+    assert (chunks[0].latents - wide[0].latents).norm() < 0.05 * wide[0].latents.norm()

@@ -312,6 +312,20 @@ def test_gluon_says_all_that_it_cannot_do() -> None:
         assert reason in str(caught.value)
 
 
+def test_on_hopper_auto_takes_gluon_where_its_query_blocks_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backends, "_triton_obstacles", lambda job: [])
+    monkeypatch.setattr(backends, "_gluon_machine_obstacles", list)
+    there = replace(job(), device=torch.device("cuda"), dtype=torch.bfloat16, key_block_tokens=64)
+    free = resolve_backend("auto", replace(there, query_block_is_free=True))
+    assert (free.name, free.query_block_tokens) == ("gluon", 128)
+    with caplog.at_level(logging.INFO, logger="lightforcing"):
+        chosen = resolve_backend("auto", replace(there, query_block_tokens=64))
+    assert (chosen.name, chosen.query_block_tokens) == ("triton", None)
+    assert "query blocks are 128" in caplog.text
+
+
 def test_triton_makes_the_same_video() -> None:
     """Interpreted, in a process of its own: Triton decides that when it is imported."""
     program = """
@@ -350,3 +364,69 @@ print(float((videos[0] - videos[1]).norm() / videos[0].norm()))
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-5
+
+
+def test_the_first_chunks_can_be_kept_dense(tree: WanModel, text: TextContext) -> None:
+    chunks = run(tree, text, replace(SPARSE, dense_chunks=2), num_frames=12)
+    assert [c.statistics.density == 1 for c in chunks] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("keep", [1, 5, 9])
+def test_a_number_of_blocks_overrides_the_sparsity(
+    tree: WanModel, text: TextContext, keep: int
+) -> None:
+    settings = replace(SPARSE, keep_blocks=keep, policy=BlockTopK())
+    chunks = run(tree, text, settings, num_frames=12)
+    kept = [c.statistics.density * 4 * c.statistics.kv_frames for c in chunks]  # 4 blocks a frame
+    assert kept == pytest.approx([12, keep, keep, keep])
+
+
+def test_settings_change_between_chunks(tree: WanModel, text: TextContext) -> None:
+    """Each chunk is asked for its own, in order, and what comes later changes nothing before."""
+    asked: list[int] = []
+
+    def by_chunk(chunk: int) -> SparseSettings | None:
+        asked.append(chunk)
+        return {2: None, 3: replace(SPARSE, schedule=UniformSparsity(0.5))}.get(chunk, SPARSE)
+
+    settings = RolloutSettings(num_frames=15, steps=STEPS, sparse=SPARSE)
+    noise = SeededNoise(0, SHAPE)
+    changed = list(rollout(tree, settings, text, noise, sparse_for_chunk=by_chunk))
+    plain = run(tree, text, SPARSE, num_frames=15)
+    assert asked == [0, 1, 2, 3, 4]
+    assert difference(changed, plain)[:2] == [0, 0] and difference(changed, plain)[2] > 1e-3
+    assert [c.statistics.density == 1 for c in changed] == [True, False, True, False, False]
+    assert [c.statistics.sparsity for c in changed][2:4] == [0, 0.5]
+
+
+def test_dense_by_chunk_is_the_dense_engine(tree: WanModel, text: TextContext) -> None:
+    noise, settings = SeededNoise(0, SHAPE), RolloutSettings(9, steps=STEPS, sparse=SPARSE)
+    never = list(rollout(tree, settings, text, noise, sparse_for_chunk=lambda chunk: None))
+    assert max(difference(never, run(tree, text, None))) == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"key_block_tokens": 5}, {"query_block_tokens": 5}, {"backend": "reference"}]
+)
+def test_block_sizes_and_backend_hold_for_a_run(
+    tree: WanModel, text: TextContext, change: dict
+) -> None:
+    chunks = rollout(
+        tree,
+        RolloutSettings(num_frames=9, steps=STEPS, sparse=SPARSE),
+        text,
+        SeededNoise(0, SHAPE),
+        sparse_for_chunk=lambda chunk: replace(SPARSE, **change) if chunk else SPARSE,
+    )
+    next(chunks)
+    with pytest.raises(UserError, match="start a new run"):
+        next(chunks)
+
+
+def test_a_chunk_brings_its_plans(tree: WanModel, text: TextContext) -> None:
+    settings = RolloutSettings(num_frames=6, steps=STEPS, sparse=SPARSE)
+    plans = []
+    for chunk in rollout(tree, settings, text, SeededNoise(0, SHAPE)):
+        assert isinstance(chunk.attention, SparseAttention)
+        plans.append(sorted(chunk.attention.plans))
+    assert plans == [[], [0, 1]]
