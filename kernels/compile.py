@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .gluon_attention import CONFIGS, plan_gluon
 from .grid import BlockGrid
 from .launch import Launch, is_interpreted
 from .triton_attention import plan_attention
+from .triton_merge import plan_merge
 from .triton_pooling import plan_pooling
 from .triton_selection import plan_scores, plan_selection
 
@@ -184,7 +186,9 @@ def _attention_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]
                 f"attention d{head_dim} q128 k{kv_block} {blocks}: "
                 f"128x{config.tile} s{config.stages} gluon"
             )
-            arguments = head_dim, 128, kv_block, segment, config, plan_gluon
+            parts = _meta(36, 3, 128, head_dim, dtype=torch.float32)
+            make = partial(plan_gluon, parts=parts, log_sums=parts[..., 0])
+            arguments = head_dim, 128, kv_block, segment, config, make
             yield name, lambda arguments=arguments: plan(*arguments)
     for head_dim, (q_block, kv_block) in itertools.product(HEAD_DIMS, BLOCK_SIZES):
         for allow_tma in (True, False):
@@ -222,6 +226,13 @@ def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
         own = ids if has_own else None
         return plan_selection(all_scores, roles, lists, lists[..., 0], blocks, 3, own)
 
+    def merge(head_dim: int) -> Launch:
+        parts = _meta(36, 3, 128, head_dim, dtype=torch.float32)
+        out = _meta(1, 4680, _HEADS, head_dim)
+        return plan_merge(parts, parts[..., 0], out, 396, BlockGrid(4680, 128))
+
+    for head_dim in HEAD_DIMS:
+        yield f"merge d{head_dim}", lambda d=head_dim: merge(d)
     for head_dim, block in itertools.product(HEAD_DIMS, (16, 32, 64, 128)):
         yield f"pooling d{head_dim} b{block}", lambda d=head_dim, b=block: pooling(d, b)
     yield "scores", lambda: scores(128)

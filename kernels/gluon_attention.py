@@ -5,6 +5,10 @@ copies key and value tiles into a ring of stages; two warpgroups of 64 rows shar
 warpgroup issues the next scores before it waits for the last product with the values, so that the
 softmax of one runs beside the matrix units' work for the other.
 
+One program fills a multiprocessor, so 432 programs on 132 of them take four rounds with the last
+one a quarter full. The tiles of that round are cut: several programs share a list, each leaves an
+unfinished result, and `triton_merge` joins them (`plan_rounds` decides).
+
 Masks, precision and the meaning of all arguments are those of `triton_attention`, whose kernel is
 the plain twin of this one; only tensor descriptors, query blocks of 128 and key blocks of 64 and
 128 are done here. The interpreter cannot run Gluon.
@@ -17,6 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,8 +35,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .grid import BlockGrid
-from .launch import Launch, compute_capability
+from .launch import Launch, compute_capability, multiprocessors
+from .rounds import Rounds, plan_rounds
 from .triton_attention import descriptor_obstacle, masks_tails, prepare, slot_views
+from .triton_merge import plan_merge
 
 # Triton 3.9 renamed the copies of 3.6; arguments and meaning are the same.
 _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -39,7 +46,7 @@ _store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_glob
 
 _RUNTIME = ["num_heads", "num_rows", "q_segment_tokens", "q_blocks_per_segment"]
 _RUNTIME += ["kv_blocks_per_slot", "tail_tokens", "width"]
-_RUNTIME += ["q_slots", "k_slots", "v_slots", "out_slots"]
+_RUNTIME += ["q_slots", "k_slots", "v_slots", "out_slots", "whole_tiles", "num_parts"]
 
 
 @gluon.jit
@@ -83,21 +90,21 @@ def _masked(scores, step, block, kv_blocks_per_slot, tail_tokens, columns,
             KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL: gl.constexpr):  # fmt: skip
     if HAS_TAIL:
         PARTS: gl.constexpr = KV_BLOCK // TILE
-        slot_block = block % kv_blocks_per_slot
-        valid = gl.where(slot_block == kv_blocks_per_slot - 1, tail_tokens, KV_BLOCK)
-        valid -= (step % PARTS) * TILE
-        scores = gl.where((columns < valid)[None, :], scores, float("-inf"))
+        # A branch, for one block in 25: comparing every score costs a quarter of the speed.
+        if block % kv_blocks_per_slot == kv_blocks_per_slot - 1:
+            valid = tail_tokens - (step % PARTS) * TILE
+            scores = gl.where((columns < valid)[None, :], scores, float("-inf"))
     return scores
 
 
 @gluon.jit
 def _attend_rows(
     HALF: gl.constexpr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free,
-    out, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head,
-    scale_log2, HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr,
-    HAS_TAIL: gl.constexpr, STAGES: gl.constexpr,
+    out, parts, log_sums, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot,
+    segment_row, at_head, part, scale_log2, HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr,
+    TILE: gl.constexpr, HAS_TAIL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: 64 rows against every tile of the list."""
+    """A warpgroup: 64 rows against every tile of the list, or of its part."""
     PARTS: gl.constexpr = KV_BLOCK // TILE
     dtype: gl.constexpr = q_tiles.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -169,14 +176,23 @@ def _attend_rows(
         accumulator = warpgroup_mma(weights, v_tile, accumulator, is_async=True)
         accumulator = warpgroup_mma_wait(0, deps=[accumulator])
 
-    # An empty list leaves a sum of 0; its rows are zeros.
+    # An empty list leaves a sum of 0; its rows are zeros, and as a part it weighs nothing.
+    log_sum = running_max + gl.log2(running_sum)
     running_sum = gl.where(running_sum == 0.0, 1.0, running_sum)
     accumulator /= gl.convert_layout(running_sum, sum_row_layout)[:, None]
-    # The query tile is done with and has the result's size.
-    q_tile.store(accumulator.to(dtype))
-    fence_async_shared()
-    _store_tile(out, [out_slot, segment_row + HALF * 64, at_head], q_tiles.index(HALF))
-    tma.store_wait(0)
+    if part < 0:
+        # The query tile is done with and has the result's size.
+        q_tile.store(accumulator.to(dtype))
+        fence_async_shared()
+        _store_tile(out, [out_slot, segment_row + HALF * 64, at_head], q_tiles.index(HALF))
+        tma.store_wait(0)
+    else:
+        first = part.to(gl.int64) * 128 + HALF * 64
+        rows = gl.arange(0, 64, layout=sum_row_layout)
+        dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, sum_layout))
+        at = parts + first * HEAD_DIM + rows[:, None] * HEAD_DIM + dims[None, :]
+        gl.store(at, accumulator)
+        gl.store(log_sums + first + gl.arange(0, 64, layout=row_layout), log_sum)
 
 
 @gluon.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=["kv_indices", "kv_counts"])
@@ -185,6 +201,8 @@ def block_sparse_attention_gluon_kernel(
     k,
     v,
     out,
+    parts,  # [cut tiles x parts, 128, D] float32
+    log_sums,  # [cut tiles x parts, 128] float32, base 2
     kv_indices,  # [B, H, NQ, width]
     kv_counts,  # [B, H, NQ]
     q_slots,  # segments or slots from one batch to the next
@@ -198,6 +216,8 @@ def block_sparse_attention_gluon_kernel(
     kv_blocks_per_slot,
     tail_tokens,
     width,
+    whole_tiles,
+    num_parts,
     scale_log2,
     HEAD_DIM: gl.constexpr,
     KV_BLOCK: gl.constexpr,
@@ -206,8 +226,10 @@ def block_sparse_attention_gluon_kernel(
     HAS_COUNTS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """128 query rows of one head against the key blocks in their list."""
-    list_row = gl.program_id(0)
+    """128 query rows of one head against the key blocks in their list, or in a part of it."""
+    program = gl.program_id(0)
+    part = program - whole_tiles  # below 0: the whole list
+    list_row = gl.where(part < 0, program, whole_tiles + part // num_parts)
     q_block = list_row % num_rows
     head = (list_row // num_rows) % num_heads
     batch = (list_row // num_rows) // num_heads
@@ -218,6 +240,11 @@ def block_sparse_attention_gluon_kernel(
     count = width
     if HAS_COUNTS:
         count = gl.load(kv_counts + list_row)
+    begin = count * 0
+    if part >= 0:
+        begin = count * (part % num_parts) // num_parts
+        count = count * (part % num_parts + 1) // num_parts - begin
+    kv_indices += begin
     steps = count * (KV_BLOCK // TILE)
 
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, 1, 64, HEAD_DIM], q.layout)
@@ -253,16 +280,18 @@ def block_sparse_attention_gluon_kernel(
                 _attend_first_rows,
                 (
                     q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out,
-                    kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row,
-                    at_head, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+                    parts, log_sums, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot,
+                    segment_row, at_head, part, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL,
+                    STAGES,
                 ),
             ),
             (
                 _attend_last_rows,
                 (
                     q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out,
-                    kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row,
-                    at_head, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+                    parts, log_sums, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot,
+                    segment_row, at_head, part, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL,
+                    STAGES,
                 ),
             ),
             (
@@ -280,29 +309,29 @@ def block_sparse_attention_gluon_kernel(
 
 @gluon.jit
 def _attend_first_rows(
-    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, kv_indices, steps,
-    kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, scale_log2,
-    HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL: gl.constexpr,
-    STAGES: gl.constexpr,
+    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, parts, log_sums,
+    kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, part,
+    scale_log2, HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr,
+    HAS_TAIL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     _attend_rows(
-        0, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, kv_indices,
-        steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, scale_log2,
-        HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+        0, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, parts,
+        log_sums, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row,
+        at_head, part, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
     )  # fmt: skip
 
 
 @gluon.jit
 def _attend_last_rows(
-    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, kv_indices, steps,
-    kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, scale_log2,
-    HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL: gl.constexpr,
-    STAGES: gl.constexpr,
+    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, parts, log_sums,
+    kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, part,
+    scale_log2, HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr,
+    HAS_TAIL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     _attend_rows(
-        1, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, kv_indices,
-        steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, scale_log2,
-        HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+        1, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, parts,
+        log_sums, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row,
+        at_head, part, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
     )  # fmt: skip
 
 
@@ -331,8 +360,13 @@ def block_sparse_attention_gluon(
     scale: float | None = None,
     out: Tensor | None = None,
     config: GluonConfig | None = None,
+    rounds: Rounds | None = None,
 ) -> Tensor:
-    """`reference.block_sparse_attention` in one launch on Hopper; see there for the arguments.
+    """`reference.block_sparse_attention` on Hopper, in one launch or two; see there.
+
+    Args:
+        config: tiles and stages; default: the shipped ones.
+        rounds: which tiles are cut; default: `plan_rounds` for this GPU.
 
     Raises:
         ValueError: shapes, types, strides or a device that the kernel cannot do.
@@ -347,10 +381,22 @@ def block_sparse_attention_gluon(
         )
     if obstacle := descriptor_obstacle(q, k, v, out, q_grid, kv_grid):
         raise ValueError(f"the Gluon kernel needs tensor descriptors: {obstacle}")
-    if not q.numel() or not k.numel() or not kv_indices.shape[3]:
+    width = kv_indices.shape[3]
+    if not q.numel() or not k.numel() or not width:
         return out.zero_()
     config = CONFIGS[kv_grid.block_tokens] if config is None else config
-    plan_gluon(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, scale, out, config).run()
+    tiles = kv_indices.shape[:3].numel()
+    if rounds is None:
+        rounds = plan_rounds(tiles, width, multiprocessors(q.device))
+    cut = tiles - rounds.whole_tiles
+    shape = cut, rounds.num_parts, 128
+    parts = torch.empty(*shape, q.shape[3], dtype=torch.float32, device=q.device)
+    log_sums = torch.empty(shape, dtype=torch.float32, device=q.device)
+    plan_gluon(
+        q, k, v, kv_indices, kv_counts, q_grid, kv_grid, scale, out, config, parts, log_sums
+    ).run()
+    if cut:
+        plan_merge(parts, log_sums, out, rounds.whole_tiles, q_grid).run()
     return out
 
 
@@ -365,8 +411,15 @@ def plan_gluon(
     scale: float,
     out: Tensor,
     config: GluonConfig,
+    parts: Tensor,
+    log_sums: Tensor,
 ) -> Launch:
-    """The launch for arguments that have been checked."""
+    """The launch for arguments that have been checked.
+
+    Args:
+        parts, log_sums: for the last tiles, which are cut; float32 [cut tiles, parts, 128, D] and
+            [cut tiles, parts, 128].
+    """
     batch, heads, num_rows, width = kv_indices.shape
     head_dim = q.shape[3]
     layout = gl.NVMMASharedLayout(
@@ -379,7 +432,11 @@ def plan_gluon(
             view.base, view.shape, view.strides, [1, rows, head_dim], layout
         )
         arguments[f"{name}_slots"] = view.batch_slots
+    cut, num_parts = parts.shape[:2]
+    whole_tiles = batch * heads * num_rows - cut
     arguments |= {
+        "parts": parts,
+        "log_sums": log_sums,
         "kv_indices": kv_indices.contiguous(),
         "kv_counts": kv_indices if kv_counts is None else kv_counts.contiguous(),
         "num_heads": heads,
@@ -389,6 +446,8 @@ def plan_gluon(
         "kv_blocks_per_slot": kv_grid.blocks_per_segment,
         "tail_tokens": kv_grid.tail_tokens,
         "width": width,
+        "whole_tiles": whole_tiles,
+        "num_parts": num_parts,
         "scale_log2": scale * math.log2(math.e),
         "HEAD_DIM": head_dim,
         "KV_BLOCK": kv_grid.block_tokens,
@@ -397,5 +456,5 @@ def plan_gluon(
         "HAS_COUNTS": kv_counts is not None,
         "STAGES": config.stages,
     }
-    grid = (batch * heads * num_rows,)
+    grid = (whole_tiles + cut * num_parts,)
     return Launch(block_sparse_attention_gluon_kernel, grid, arguments, {"num_warps": 4})

@@ -62,6 +62,11 @@ def compute_capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of one that fills a multiprocessor run at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def check_tensors(tensors: dict[str, Tensor], head_dims: tuple[int, ...] | None = None) -> None:
     """One device that Triton can use, one type that the kernels know, a dense last axis.
 

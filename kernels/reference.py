@@ -6,6 +6,7 @@ at the end, so a low-precision kernel is judged against the value and not agains
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -203,6 +204,37 @@ def block_sparse_attention(
 
     results = results.permute(0, 2, 3, 1, 4).flatten(1, 2).unflatten(1, (-1, q_grid.slot_tokens))
     return out.copy_(results[:, :, : q_grid.segment_tokens].flatten(1, 2))
+
+
+def merge_parts(
+    parts: Tensor, log_sums: Tensor, out: Tensor, first_tile: int, q_grid: BlockGrid
+) -> Tensor:
+    """Join attention to parts of index lists into attention to the whole lists.
+
+    Args:
+        parts: float32 [tiles, parts, block_tokens, D], each the attention to its part of a list,
+            zeros for an empty part.
+        log_sums: float32 [tiles, parts, block_tokens], base-2 logarithm of each row's sum of
+            exponentials; -inf for an empty part.
+        out: [B, Sq, H, D], where to write the rows of these tiles; others stay.
+        first_tile: the first tile's place among all query blocks [B, H, query blocks], in order.
+        q_grid: of out.
+
+    Returns:
+        out.
+    """
+    weights = (log_sums * math.log(2)).softmax(1).nan_to_num(0.0)  # no keys at all: NaN
+    merged = (weights[..., None] * parts).sum(1).to(out.dtype)
+    num_rows = out.shape[1] // q_grid.segment_tokens * q_grid.blocks_per_segment
+    for offset, rows in enumerate(merged):
+        batch_head, q_block = divmod(first_tile + offset, num_rows)
+        batch, head = divmod(batch_head, out.shape[2])
+        segment, block = divmod(q_block, q_grid.blocks_per_segment)
+        row = block * q_grid.block_tokens
+        number = min(q_grid.block_tokens, q_grid.segment_tokens - row)
+        row += segment * q_grid.segment_tokens
+        out[batch, row : row + number, head] = rows[:number]
+    return out
 
 
 def check_block_lists(kv_indices: Tensor, kv_counts: Tensor | None, *, num_kv_blocks: int) -> None:

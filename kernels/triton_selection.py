@@ -70,7 +70,7 @@ def block_scores_kernel(
         k_mask = (k_ids < num_k)[None, :] & (at < head_dim)[:, None]
         b_q = tl.load(q_rows + at[None, :], mask=q_mask, other=0.0)
         b_k = tl.load(k_rows + at[:, None], mask=k_mask, other=0.0)
-        result = tl.dot(b_q, b_k, result, input_precision="ieee")
+        result = tl.dot(b_q, b_k, result, input_precision="tf32x3")
     scores += (batch_head.to(tl.int64) * num_q + q_ids[:, None]) * num_k + k_ids[None, :]
     tl.store(scores, result, mask=(q_ids < num_q)[:, None] & (k_ids < num_k)[None, :])
 

@@ -25,29 +25,39 @@ BACKENDS = ("auto", "triton", "gluon", "reference")
 _TRITON_BLOCKS = (16, 32, 64, 128)
 _GLUON_CAPABILITY = (9, 0)
 _GLUON_QUERY_BLOCK, _GLUON_KEY_BLOCKS = 128, (64, 128)
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_GPU_DTYPES = (torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """The three operations of sparse attention, with the signatures of `kernels.reference`."""
+    """The three operations of sparse attention, with the signatures of `kernels.reference`.
+
+    Attributes:
+        query_block_tokens: the only query block it does; None: several.
+    """
 
     name: str
     pool_blocks: Callable[..., Tensor]
     select_blocks: Callable[..., tuple[Tensor, Tensor]]
     block_sparse_attention: Callable[..., Tensor]
+    query_block_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class AttentionJob:
-    """What a run asks of its backend. Blocks in tokens."""
+    """What a run asks of its backend. Blocks in tokens.
+
+    Attributes:
+        query_block_is_free: nobody chose the query block; a backend may bring its own.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     query_block_tokens: int
     key_block_tokens: int
+    query_block_is_free: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ def list_backends() -> list[BackendStatus]:
         BackendStatus(
             "sparse attention: gluon",
             not (hopper := obstacles or _gluon_machine_obstacles()),
-            "; ".join(hopper) or "Hopper's own attention kernel; by name only",
+            "; ".join(hopper) or "Hopper's own attention kernel, query blocks of 128",
         ),
         BackendStatus(
             "sparse attention: reference", True, "plain torch, any device, exact and slow"
@@ -92,8 +102,8 @@ def resolve_backend(name: str, job: AttentionJob) -> AttentionBackend:
     """The backend for a run.
 
     Args:
-        name: 'reference', 'triton', 'gluon' (Hopper's own attention kernel, the rest as 'triton';
-            not chosen by itself yet), or 'auto': the fastest that can do the job, logged.
+        name: 'reference', 'triton', 'gluon' (Hopper's own attention kernel, the rest as
+            'triton'), or 'auto': the fastest that can do the job, logged.
         job: what it has to do.
 
     Raises:
@@ -122,7 +132,10 @@ def resolve_backend(name: str, job: AttentionJob) -> AttentionBackend:
                 "; ".join(obstacles),
             )
         return REFERENCE
-    log.info("sparse attention: triton")
+    if not (hopper := _gluon_obstacles(job)):
+        log.info("sparse attention: gluon, query blocks of %d tokens", _GLUON_QUERY_BLOCK)
+        return _gluon()
+    log.info("sparse attention: triton (gluon: %s)", "; ".join(hopper))
     return _triton()
 
 
@@ -141,7 +154,12 @@ def _triton() -> AttentionBackend:
 def _gluon() -> AttentionBackend:
     from ..kernels.gluon_attention import block_sparse_attention_gluon
 
-    return replace(_triton(), name="gluon", block_sparse_attention=block_sparse_attention_gluon)
+    return replace(
+        _triton(),
+        name="gluon",
+        block_sparse_attention=block_sparse_attention_gluon,
+        query_block_tokens=_GLUON_QUERY_BLOCK,
+    )
 
 
 def _gluon_machine_obstacles() -> list[str]:
@@ -154,10 +172,12 @@ def _gluon_machine_obstacles() -> list[str]:
 def _gluon_obstacles(job: AttentionJob) -> list[str]:
     """What the Gluon kernel cannot do of a job that the others could."""
     obstacles = _gluon_machine_obstacles()
-    if job.query_block_tokens != _GLUON_QUERY_BLOCK:
+    if job.query_block_tokens != _GLUON_QUERY_BLOCK and not job.query_block_is_free:
         obstacles.append(
             f"its query blocks are {_GLUON_QUERY_BLOCK} tokens, asked were {job.query_block_tokens}"
         )
+    if job.dtype not in _GPU_DTYPES:
+        obstacles.append(f"it cannot compute in {_plain(job.dtype)}")
     if job.key_block_tokens not in _GLUON_KEY_BLOCKS:
         obstacles.append(
             f"its key blocks are {_listed(_GLUON_KEY_BLOCKS)} tokens, asked were "
@@ -212,7 +232,9 @@ def _triton_obstacles(job: AttentionJob) -> list[str]:
             tokens in _TRITON_BLOCKS,
             f"its {kind} blocks are {_listed(_TRITON_BLOCKS)} tokens, asked were {tokens}",
         )
-    demand(job.dtype in _TRITON_DTYPES, f"it cannot compute in {_plain(job.dtype)}")
+    # Float32 has no tensor cores to speak of; only the interpreter, in tests, computes in it.
+    can_compute = job.dtype in _GPU_DTYPES or (job.dtype == torch.float32 and _is_interpreted())
+    demand(can_compute, f"it cannot compute in {_plain(job.dtype)}")
     head_dims = _triton_head_dims()
     demand(
         not head_dims or job.head_dim in head_dims,

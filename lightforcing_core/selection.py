@@ -199,14 +199,14 @@ def own_blocks(
 ) -> list[int]:
     """The key block in which each query block's middle token lies, as physical block ids.
 
-    Query blocks of the chunk in order; blocks start anew with each frame.
+    Query blocks of the chunk in order; they run over the borders of its frames.
     """
     ids: list[int] = []
-    for slot in view.own_slots:
-        for start in range(0, frame_tokens, query_block_tokens):
-            end = min(start + query_block_tokens, frame_tokens)
-            middle = (start + end - 1) // 2
-            ids.append(slot * view.blocks_per_frame + middle // key_block_tokens)
+    tokens = len(view.own_slots) * frame_tokens
+    for start in range(0, tokens, query_block_tokens):
+        end = min(start + query_block_tokens, tokens)
+        frame, token = divmod((start + end - 1) // 2, frame_tokens)
+        ids.append(view.own_slots[frame] * view.blocks_per_frame + token // key_block_tokens)
     return ids
 
 

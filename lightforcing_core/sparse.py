@@ -54,6 +54,7 @@ def sparse_backend(
         head_dim=spec.head_dim,
         query_block_tokens=settings.query_block(spec.frame_tokens),
         key_block_tokens=settings.key_block(spec.frame_tokens),
+        query_block_is_free=settings.query_block_tokens is None,
     )
     return resolve_backend(settings.backend, job)
 
@@ -92,7 +93,12 @@ class SparseAttention:
         self.settings = settings
         self._timeline = timeline
         self._backend = backend
-        self._q_grid = BlockGrid(frame_tokens, settings.query_block(frame_tokens))
+        self._query_block_tokens = (
+            settings.query_block_tokens
+            or backend.query_block_tokens
+            or settings.query_block(frame_tokens)
+        )
+        self._q_grid = self._query_grid()
         self._device = cache.keys[0].device
         self._watch = Stopwatch(self._device)
         self._sparsity = 0.0
@@ -101,6 +107,11 @@ class SparseAttention:
         self._prepared: dict[float, _Prepared | None] = {}
         self._plans: dict[int, _Plan] = {}
         self._counts: list[Tensor | None] = []  # kv_counts of each layer and pass; None: dense
+
+    @property
+    def query_grid(self) -> BlockGrid:
+        """How the open chunk's queries are cut into blocks: one segment, the chunk."""
+        return self._q_grid
 
     @property
     def plans(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -134,6 +145,7 @@ class SparseAttention:
         self._plans.clear()
         self._counts.clear()
         self._prepared.clear()
+        self._q_grid = self._query_grid()
         view = self._view()
         self._sparsity = self._chunk_sparsity(chunk, view)
         for step in (0, 1, None):
@@ -195,6 +207,15 @@ class SparseAttention:
         num_layers = self.cache.spec.num_layers
         return self.settings.budgets.sparsity(self._sparsity, step, layer, num_layers)
 
+    def _query_grid(self) -> BlockGrid:
+        """Query blocks of the open chunk; unlike key blocks they run over frame borders.
+
+        832x480 has 12.2 blocks of 128 a frame: blocks that ended with each frame would be 39 a
+        chunk of three and not 37. The released code cuts the flattened chunk too.
+        """
+        frames = max(len(self.cache.open_slots), 1)
+        return BlockGrid(frames * self.cache.spec.frame_tokens, self._query_block_tokens)
+
     def _view(self) -> KeyView:
         cache = self.cache
         return KeyView(cache.slot_frames, cache.open_slots, cache.spec.blocks_per_frame)
@@ -234,8 +255,7 @@ class SparseAttention:
     def _select(self, layer: int, q: Tensor, prepared: _Prepared) -> tuple[Tensor, Tensor]:
         rule = prepared.rule
         if prepared.fixed is not None:
-            frames = q.shape[1] // self._q_grid.segment_tokens
-            rows = (q.shape[0], q.shape[2], frames * self._q_grid.blocks_per_segment)
+            rows = (q.shape[0], q.shape[2], self._q_grid.blocks_per_segment)
             indices = prepared.fixed.expand(*rows, rule.top_k).contiguous()
             return indices, torch.full(rows, rule.top_k, dtype=torch.int32, device=self._device)
         return self._backend.select_blocks(

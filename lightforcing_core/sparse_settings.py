@@ -72,7 +72,8 @@ class SparseSettings:
         schedule: sparsity by chunk.
         policy: which blocks are kept.
         query_block_tokens, key_block_tokens: block sizes; None: 64 as released, smaller where a
-            frame has fewer than eight of those.
+            frame has fewer than eight of those. On Hopper query blocks are then 128, as in the
+            released code. Query blocks run over frame borders, key blocks end with their frame.
         plan_steps: denoising steps (from 0) at which blocks are chosen anew; the other steps and
             the clean pass take the latest choice. Default: once a chunk, at its first step. None:
             in every pass, as released.

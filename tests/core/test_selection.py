@@ -199,10 +199,9 @@ def test_own_blocks_hold_the_middle_of_their_query_block(query_block: int, key_b
     per_frame = -(-tokens // key_block)
     view = KeyView((7, 5, 6, 0), (1, 2, 0), per_frame)
     expected = []
-    for slot in (1, 2, 0):
-        for rows in torch.arange(tokens).split(query_block):
-            middle = int(rows[(len(rows) - 1) // 2])
-            expected.append(slot * per_frame + middle // key_block)
+    for rows in torch.arange(3 * tokens).split(query_block):
+        frame, token = divmod(int(rows[(len(rows) - 1) // 2]), tokens)
+        expected.append((1, 2, 0)[frame] * per_frame + token // key_block)
     assert own_blocks(view, tokens, query_block, key_block) == expected
 
 

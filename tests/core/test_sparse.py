@@ -123,23 +123,22 @@ def by_definition(video: Video, q: Tensor, own: range, keep: set[int] | None) ->
     top_k = max(int((1 - sparsity) * len(key_blocks)), 1)
     past = len(order) - len(own)
     for h in range(HEADS):
-        for place in range(len(own)):
-            for rows in (torch.arange(tokens) + place * tokens).split(cut_q):
-                query = q[rows, h].double().mean(0)
-                score = {i: float(query @ k[b[1], h].double().mean(0)) for i, b in
-                         enumerate(key_blocks)}  # fmt: skip
-                eligible = set(range(len(order)))
-                if past > policy.keep_frames:
-                    middle = range(policy.keep_sink, past - policy.keep_near)
-                    means = {
-                        f: sum(s for i, s in score.items() if key_blocks[i][0] == f) for f in middle
-                    }
-                    best = sorted(middle, key=lambda f: -means[f])
-                    wanted = policy.keep_frames - policy.keep_sink - policy.keep_near
-                    eligible -= set(best[wanted:])
-                candidates = [i for i in score if key_blocks[i][0] in eligible]
-                for i in sorted(candidates, key=lambda i: -score[i])[:top_k]:
-                    mask[h, rows[:, None], key_blocks[i][1]] = True
+        for rows in torch.arange(len(own) * tokens).split(cut_q):
+            query = q[rows, h].double().mean(0)
+            score = {i: float(query @ k[b[1], h].double().mean(0)) for i, b in
+                     enumerate(key_blocks)}  # fmt: skip
+            eligible = set(range(len(order)))
+            if past > policy.keep_frames:
+                middle = range(policy.keep_sink, past - policy.keep_near)
+                means = {
+                    f: sum(s for i, s in score.items() if key_blocks[i][0] == f) for f in middle
+                }
+                best = sorted(middle, key=lambda f: -means[f])
+                wanted = policy.keep_frames - policy.keep_sink - policy.keep_near
+                eligible -= set(best[wanted:])
+            candidates = [i for i in score if key_blocks[i][0] in eligible]
+            for i in sorted(candidates, key=lambda i: -score[i])[:top_k]:
+                mask[h, rows[:, None], key_blocks[i][1]] = True
     return masked_attention(q, k, v, mask)
 
 
@@ -409,7 +408,9 @@ def test_the_guaranteed_own_block_is_in_every_list() -> None:
         video.forward(frames, 0)
         if chunk:
             indices, _ = video.attend.plans[0]
-            own = [3 * slot + block for slot in video.cache.open_slots for block in range(3)]
+            # Two frames of 10 tokens, five query blocks of 4 with the middles 1, 5, 9, 13, 17.
+            a, b = (3 * slot for slot in video.cache.open_slots)
+            own = [a, a + 1, a + 2, b, b + 1]
             assert (indices == torch.tensor(own)[:, None]).any(-1).all()
 
 

@@ -23,6 +23,7 @@ from lightforcing.kernels.ops import (
     pool_blocks_triton,
     select_blocks_triton,
 )
+from lightforcing.kernels.rounds import Rounds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,6 +108,30 @@ def test_the_gluon_kernel(dtype: torch.dtype, segment: int, head_dim: int, kv_bl
         block_sparse_attention_gluon(q, k, v, indices, counts, out=out, **lists)
         assert relative_error(out, expected) <= TOLERANCE[dtype]
         assert (out[:, : min(128, segment)] == 0).all()
+
+
+@pytest.mark.parametrize("rounds", [Rounds(0, 8), Rounds(20, 2), Rounds(39, 5), Rounds(42, 1)])
+@pytest.mark.parametrize("kv_block", [64, 128])
+def test_the_gluon_kernel_with_cut_tiles(kv_block: int, rounds: Rounds) -> None:
+    """Parts of lists of 0 to 13 blocks, in up to eight parts; a chunk of 832x480 in one segment."""
+    if capability() != 90:
+        pytest.skip("the Gluon kernel is for compute capability 9.0")
+    q_grid, kv_grid = BlockGrid(860, 128), BlockGrid(1560, kv_block)
+    q = torch.randn(2, 860, 3, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (
+        torch.cat([poisoned_slots(3, kv_grid, 3, 128, torch.bfloat16) for _ in range(2)])
+        for _ in "kv"
+    )
+    indices = random_lists(3, 7, 3 * kv_grid.blocks_per_segment, 13, batch=2)
+    counts = torch.randint(0, 14, indices.shape[:3], dtype=torch.int32, device="cuda")
+    counts[:, :, 0], counts[:, :, 1] = 0, 1
+    lists = {"q_grid": q_grid, "kv_grid": kv_grid}
+    expected = block_sparse_attention(q.double(), k.double(), v.double(), indices, counts, **lists)
+    for _ in range(3):
+        out = torch.full_like(q, float("nan"))
+        block_sparse_attention_gluon(q, k, v, indices, counts, out=out, rounds=rounds, **lists)
+        assert relative_error(out, expected) <= TOLERANCE[torch.bfloat16]
+        assert (out[:, :128] == 0).all()
 
 
 @pytest.mark.parametrize("lengths", [(1560, 1560), (4680, 4680), (4608, 32256), (1, 63), (65, 1)])
