@@ -19,7 +19,7 @@ from .attention import AttentionStatistics, dense_attention
 from .backends import AttentionBackend, AttentionJob, resolve_backend
 from .errors import UserError
 from .kv_cache import CacheSpec, KVCache
-from .schedule import Timeline, chunk_sparsity
+from .schedule import Timeline
 from .selection import KeyView, SelectionRule, fixed_blocks, own_blocks
 from .sparse_settings import SparseSettings
 from .stopwatch import Stopwatch
@@ -193,15 +193,10 @@ class SparseAttention:
         )
 
     def _chunk_sparsity(self, chunk: int | None, view: KeyView) -> float:
-        settings = self.settings
         alone = len(view.own_slots) == len(view.slot_frames)
-        if chunk is None or alone or self._off or chunk < settings.dense_chunks:
+        if chunk is None or alone or self._off:
             return 0.0
-        sparsity = chunk_sparsity(settings.schedule, self._timeline, chunk)
-        if not sparsity or settings.keep_blocks is None:
-            return sparsity
-        # Half a block more than asked for, so that rounding down gives what was asked for.
-        return max(1 - (settings.keep_blocks + 0.5) / view.num_blocks, 0.0)
+        return self.settings.sparsity(chunk, self._timeline, view.num_blocks)
 
     def _pass_sparsity(self, step: int | None, layer: int) -> float:
         num_layers = self.cache.spec.num_layers

@@ -10,7 +10,7 @@ from . import schedule as schedules
 from . import selection as policies
 from .backends import BACKENDS
 from .errors import UserError
-from .schedule import MAX_SPARSITY, GrowthSchedule
+from .schedule import MAX_SPARSITY, GrowthSchedule, Timeline, chunk_sparsity
 from .selection import SelectionPolicy
 
 _BLOCKS_BY_DEFAULT = (64, 32, 16)
@@ -114,6 +114,16 @@ class SparseSettings:
     def plans_anew(self, step: int | None) -> bool:
         """Whether a pass chooses its blocks itself; None is the clean pass."""
         return self.plan_steps is None or step in self.plan_steps
+
+    def sparsity(self, chunk: int, timeline: Timeline, key_blocks: int) -> float:
+        """What is asked of a chunk (index from 0) that sees so many key blocks, 0..1."""
+        if chunk < self.dense_chunks:
+            return 0.0
+        sparsity = chunk_sparsity(self.schedule, timeline, chunk)
+        if not sparsity or self.keep_blocks is None:
+            return sparsity
+        # Half a block more than asked for, so that rounding down gives what was asked for.
+        return max(1 - (self.keep_blocks + 0.5) / key_blocks, 0.0)
 
     def query_block(self, frame_tokens: int) -> int:
         """Tokens of a query block for frames of so many tokens."""
