@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels", "lightforcing_core", "training")
+ROOMS = ("kernels", "lightforcing_core", "nodes", "training")
 FOREIGN = {
     "kernels": {"comfy", "comfy_api", "folder_paths", "server", "nodes"},
     "lightforcing_core": {"comfy", "comfy_api", "folder_paths", "server", "nodes", "triton"},
@@ -22,6 +22,7 @@ FORBIDDEN_ROOMS = {
     "kernels": {"lightforcing_core", "nodes", "training"},
     "lightforcing_core": {"nodes", "training"},
     "training": {"nodes"},
+    "nodes": {"training"},
 }
 
 
@@ -63,6 +64,17 @@ def test_imports_go_one_way(path: Path) -> None:
         assert level or top not in FOREIGN.get(room, set()), f"{path} must not import {module}"
         reached = _target_room(path, level, module)
         assert reached not in FORBIDDEN_ROOMS.get(room, set()), f"{path} must not import {reached}"
+
+
+NODES = [f for f in sorted((ROOT / "nodes").rglob("*.py")) if "adapter" not in f.parts]
+
+
+@pytest.mark.parametrize("path", NODES, ids=lambda p: p.name)
+def test_only_the_adapter_knows_comfy(path: Path) -> None:
+    for level, module, _ in _imports(path):
+        top = module.split(".")[0]
+        known = level or top != "comfy" or module == "comfy.utils"  # for its progress bar
+        assert known, f"{path}: {module} belongs into nodes/adapter"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.name)
