@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 
 from .chunk_sampler import ChunkSamplerNode
+from .compare import Compare
 from .growth_schedule import GrowthSchedule
 from .load_model import LoadModel
 from .prompt_schedule import PromptScheduleNode
-from .sparse_attention import SparseAttention
+from .routes import add_routes
+from .sparse_attention import SparseAttention, read_settings
+from .sparsity_map import SparsityMap
+from .stream import StreamVideo
 from .vae import StreamingDecode, StreamingEncode
 
 
@@ -20,13 +25,19 @@ class LightForcingExtension(ComfyExtension):
             LoadModel,
             SparseAttention,
             ChunkSamplerNode,
+            StreamVideo,
             PromptScheduleNode,
             StreamingDecode,
             StreamingEncode,
             GrowthSchedule,
+            SparsityMap,
+            Compare,
         ]
 
 
 async def comfy_entrypoint() -> LightForcingExtension:
     """What ComfyUI calls when it has imported the pack."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:  # None: nodes are used without a server
+        add_routes(server, read_settings)
     return LightForcingExtension()

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from .adapter.sampler import NOISE_RULES, ChunkSampler, ChunkSettings, steps_of
+from .following import watch_live
 from .schema import node_schema
 
 # Inputs that the nodes which sample share, and what they come to.
@@ -111,9 +112,11 @@ class ChunkSamplerNode(io.ComfyNode):
             ),
             inputs=chunk_inputs(),
             outputs=[io.Sampler.Output(display_name="SAMPLER")],
+            hidden=[io.Hidden.unique_id],
             search_aliases=["self forcing sampler", "ar sampler", "autoregressive", "causal video"],
         )
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
-        return io.NodeOutput(ChunkSampler(chunk_settings(**inputs)))
+        watch = watch_live(str(cls.hidden.unique_id))
+        return io.NodeOutput(ChunkSampler(chunk_settings(**inputs), watch))

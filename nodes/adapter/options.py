@@ -62,6 +62,11 @@ def with_sparse(model: ModelPatcher, choice: SparseChoice) -> None:
     model.model_options["transformer_options"][_SPARSE_KEY] = choice
 
 
+def without_sparse(model: ModelPatcher) -> None:
+    """Take the choice off a clone of a MODEL: a sampler then makes a dense video."""
+    model.model_options["transformer_options"].pop(_SPARSE_KEY, None)
+
+
 def sparse_of(transformer_options: Mapping[str, Any]) -> SparseChoice | None:
     """The choice of the last Sparse Attention node before the sampler; None without one."""
     return transformer_options.get(_SPARSE_KEY)

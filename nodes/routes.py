@@ -1,0 +1,153 @@
+"""What a page may ask the server: a forecast, the runs under way, other settings for one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from aiohttp import web
+from server import PromptServer
+
+from ..lightforcing_core.errors import UserError
+from ..lightforcing_core.forecast import forecast
+from ..lightforcing_core.layout import chunk_lengths, latent_frames
+from ..lightforcing_core.schedule import Timeline
+from ..lightforcing_core.sparse_settings import SparseSettings
+from .live import LiveRun, LiveRuns, RunPlan
+
+_RUNS = web.AppKey("lightforcing_runs", LiveRuns)
+_MOST_FRAMES = 2000  # latent frames a forecast is made for
+# From a Sparse Attention node's widgets to its settings and its switch.
+ReadSettings = Callable[[Mapping[str, Any]], tuple[SparseSettings, bool]]
+# (lowest, highest, default) of what a forecast is asked for beside the settings.
+_VIDEO = {
+    "frames": (1, 4 * _MOST_FRAMES, 81),
+    "frames_per_chunk": (1, _MOST_FRAMES, 3),
+    "window_frames": (-1, _MOST_FRAMES, -1),
+    "given_frames": (0, _MOST_FRAMES, 0),
+    "frame_tokens": (1, 1_000_000, 1560),
+    "num_layers": (1, 1000, 30),
+    "num_steps": (1, 1000, 4),
+}
+
+
+def add_routes(server: PromptServer, read: ReadSettings) -> None:
+    """Give the server our routes and the registry of runs they look into.
+
+    Args: read: raises UserError for values out of range.
+    """
+    runs = LiveRuns()
+    server.app[_RUNS] = runs
+
+    @server.routes.post("/lightforcing/forecast")
+    async def forecast_settings(request: web.Request) -> web.Response:
+        return await _answer(request, lambda body: _forecast(body, read))
+
+    @server.routes.get("/lightforcing/live")
+    async def list_runs(request: web.Request) -> web.Response:
+        return web.json_response({"runs": [run.state() for run in runs.all()]})
+
+    @server.routes.post("/lightforcing/live")
+    async def change_settings(request: web.Request) -> web.Response:
+        return await _answer(request, lambda body: _change(body, runs, read))
+
+    @server.routes.get("/lightforcing/frames")
+    async def latest_frames(request: web.Request) -> web.Response:
+        try:
+            run = runs.get(request.query.get("node_id", ""))
+        except KeyError:
+            return _not_running(request.query.get("node_id"))
+        return web.json_response({"run_id": run.run_id, "strips": run.strips()})
+
+
+@contextlib.contextmanager
+def live_run(
+    node_ids: Sequence[str], plan: RunPlan, settings: SparseSettings | None, *, enabled: bool
+) -> Iterator[LiveRun]:
+    """A run that pages can follow while the block lasts; without a server, nobody can."""
+    server = getattr(PromptServer, "instance", None)
+    client = getattr(server, "client_id", None)
+
+    def send(event: str, data: dict[str, Any]) -> None:
+        # Without a client the graph came from a program, and no page shows it.
+        if client is not None:
+            server.send_sync(event, data, client)
+
+    run = LiveRun(node_ids, plan, settings, enabled=enabled, send=send)
+    runs = None if server is None else server.app.get(_RUNS)
+    with (runs or LiveRuns()).holding(run):
+        yield run
+
+
+async def _answer(
+    request: web.Request, handle: Callable[[dict[str, Any]], web.Response]
+) -> web.Response:
+    """A handler's answer to a JSON object; what it refuses is said with status 400."""
+    try:
+        body = await request.json()
+        if not isinstance(body, dict):
+            raise UserError(f"expected a JSON object, got {type(body).__name__}")
+        # In a thread: a long video's forecast takes longer than the server may stand still.
+        return await asyncio.to_thread(handle, body)
+    except json.JSONDecodeError as error:
+        return _refuse(f"the request is not JSON: {error}", 400)
+    except UserError as error:
+        return _refuse(str(error), 400)
+
+
+def _refuse(message: str, status: int) -> web.Response:
+    return web.json_response({"error": message}, status=status)
+
+
+def _not_running(node_id: object) -> web.Response:
+    return _refuse(f"node {node_id!r} is not making a video; press Run", 404)
+
+
+def _values(body: dict[str, Any]) -> dict[str, Any]:
+    values = body.get("values")
+    if not isinstance(values, dict):
+        raise UserError("'values' must be an object: the Sparse Attention node's inputs by name")
+    return values
+
+
+def _change(body: dict[str, Any], runs: LiveRuns, read: ReadSettings) -> web.Response:
+    node_id = body.get("node_id")
+    try:
+        run = runs.get(str(node_id))
+    except KeyError:
+        return _not_running(node_id)
+    settings, enabled = read(_values(body))
+    return web.json_response({"next_chunk": run.change(settings, enabled=enabled)})
+
+
+def _forecast(body: dict[str, Any], read: ReadSettings) -> web.Response:
+    settings, enabled = read(_values(body))
+    video = {name: _count(body, name, *limits) for name, limits in _VIDEO.items()}
+    total = latent_frames(video["frames"])
+    given = min(video["given_frames"], total - 1)
+    lengths = chunk_lengths(total - given, video["frames_per_chunk"])
+    window = video["window_frames"] or -1
+    result = forecast(
+        settings if enabled else None,
+        Timeline(tuple(lengths), given, window),
+        frame_tokens=video["frame_tokens"],
+        num_layers=video["num_layers"],
+        num_steps=video["num_steps"],
+    )
+    chunks = [vars(chunk) for chunk in result.chunks]
+    return web.json_response(
+        {"frames": video["frames"], "density": result.density, "chunks": chunks}
+    )
+
+
+def _count(body: dict[str, Any], name: str, lowest: int, highest: int, default: int) -> int:
+    value = body.get(name, default)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not lowest <= value <= highest:
+        raise UserError(
+            f"{name} must be a whole number from {lowest} to {highest}, got {json.dumps(value)}"
+        )
+    return value

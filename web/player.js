@@ -1,0 +1,109 @@
+// Plays frames while they are made: strips of JPEG frames on a canvas.
+
+const MOST_FRAMES = 1200; // held in memory; the oldest go first
+
+/** A canvas with a line of text below it. */
+export function createPlayer() {
+  const element = document.createElement("div");
+  element.className = "lightforcing-player";
+  element.style.cssText =
+    "width:100%;height:100%;display:flex;flex-direction:column;gap:4px;overflow:hidden;box-sizing:border-box;";
+  const canvas = document.createElement("canvas");
+  canvas.style.cssText =
+    "flex:1 1 0;min-height:0;width:100%;object-fit:contain;border-radius:4px;background:var(--comfy-input-bg);";
+  canvas.width = 16;
+  canvas.height = 9;
+  const line = document.createElement("div");
+  line.className = "lightforcing-player-status";
+  line.style.cssText =
+    "flex:none;font-size:11px;line-height:16px;color:var(--input-text);white-space:nowrap;overflow:hidden;text-overflow:ellipsis;";
+  line.textContent = "frames appear here while they are made";
+  element.append(canvas, line);
+
+  let frames = []; // { image, top, width, height }
+  let at = 0;
+  let looping = false; // all there is has been shown once
+  let rate = 16;
+  let timer = 0;
+  let generation = 0;
+  let reading = Promise.resolve(); // strips are read one after the other, or they could change places
+
+  function show() {
+    if (!frames.length) return;
+    if (at >= frames.length) {
+      at = 0;
+      looping = true;
+    }
+    const { image, top, width, height } = frames[at];
+    if (canvas.width !== width || canvas.height !== height) {
+      canvas.width = width;
+      canvas.height = height;
+    }
+    canvas.getContext("2d").drawImage(image, 0, top, width, height, 0, 0, width, height);
+    canvas.dataset.frame = at;
+    at += 1;
+  }
+
+  function play() {
+    if (timer) return;
+    timer = setInterval(show, 1000 / rate);
+  }
+
+  function pause() {
+    clearInterval(timer);
+    timer = 0;
+  }
+
+  function append(strip, image) {
+    if (looping) at = frames.length;
+    looping = false;
+    for (let index = 0; index < strip.frames; index++) {
+      const { width, height } = strip;
+      frames.push({ image, top: index * height, width, height });
+    }
+    if (frames.length > MOST_FRAMES) {
+      const gone = frames.length - MOST_FRAMES;
+      frames = frames.slice(gone);
+      at = Math.max(at - gone, 0);
+    }
+    play();
+  }
+
+  return {
+    element,
+    canvas,
+    status(message) {
+      line.textContent = message;
+    },
+    /** Forget what was shown; frames of an earlier run that are still being read are dropped. */
+    start(framesPerSecond) {
+      pause();
+      generation += 1;
+      frames = [];
+      at = 0;
+      looping = false;
+      rate = framesPerSecond || 16;
+    },
+    /** The next frames, { jpeg: base64, frames, width, height }; they play at once. */
+    add(strip) {
+      const mine = generation;
+      reading = reading.then(async () => {
+        const image = await createImageBitmap(new Blob([bytes(strip.jpeg)], { type: "image/jpeg" }));
+        if (mine === generation) append(strip, image);
+      });
+      return reading;
+    },
+    get size() {
+      return frames.length;
+    },
+    remove() {
+      pause();
+      frames = [];
+      element.remove();
+    },
+  };
+}
+
+function bytes(base64) {
+  return Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+}
