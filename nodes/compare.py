@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy.utils import ProgressBar
 from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
@@ -88,7 +87,7 @@ class Compare(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: ModelPatcher,
+        model: Any,
         positive: list[Any],
         vae: Any,
         width: int,
@@ -114,7 +113,7 @@ class Compare(io.ComfyNode):
         without_sparse(dense_model)
         bar = _Bar(cls.hidden.unique_id, runs=2)
 
-        def make(of: ModelPatcher, image: Tensor) -> _Run:
+        def make(of: Any, image: Tensor) -> _Run:
             run = _Run(decoder, settings)
             sample_chunks(
                 of,
@@ -147,7 +146,7 @@ class Compare(io.ComfyNode):
         )
 
 
-def _check_sparse(model: ModelPatcher) -> None:
+def _check_sparse(model: Any) -> None:
     choice = sparse_of(model.model_options["transformer_options"])
     if choice is None or not choice.enabled:
         raise UserError(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
 import folder_paths
 import torch
 from comfy.utils import ProgressBar
@@ -27,7 +26,7 @@ from ..lightforcing_core.vae.latent_stats import LATENT_CHANNELS, normalise_late
 from ..lightforcing_core.video_io import VideoWriter, frames_to_uint8
 from .adapter.noise_levels import noise_levels
 from .adapter.sampler import RunInfo, RunWatcher, sample_chunks
-from .adapter.video_vae import streaming_vae
+from .adapter.video_vae import as_image, streaming_vae
 from .chunk_sampler import chunk_inputs, chunk_settings
 from .following import FRAME_RATE, followed
 from .live import LiveRun
@@ -256,8 +255,7 @@ class _StreamRun:
         pixels = frames_to_uint8(frames)
         self._writer.write(pixels)
         self._live.frames_made(chunk, frame_strips(pixels))
-        images = frames[0].movedim(1, -1).to(comfy.model_management.intermediate_device())
         if not self._made.collect:
             self._made.images.clear()
-        self._made.images.append(images)
+        self._made.images.append(as_image(frames)[0])
         return len(pixels)

@@ -95,7 +95,7 @@ class StreamingVAE:
         decoder = self.new_decoder()
         for part in samples.split(DEFAULT_LATENTS_PER_PASS, dim=2):
             frames = decoder.decode(normalise_latents(part.float()))
-            yield frames.movedim(2, -1).to(comfy.model_management.intermediate_device())
+            yield as_image(frames)
 
     def encode(self, pixels: Tensor) -> Iterator[Tensor]:
         """A LATENT's samples of pictures, part by part.
@@ -116,6 +116,11 @@ class StreamingVAE:
         for start, end in itertools.pairwise(edges):
             latents = encoder.encode(pixels[:, start:end])
             yield denormalise_latents(latents).to(comfy.model_management.intermediate_device())
+
+
+def as_image(frames: Tensor) -> Tensor:
+    """Decoded frames [B, t, 3, H, W] as ComfyUI has pictures: [B, t, H, W, 3] where it keeps them."""
+    return frames.movedim(2, -1).to(comfy.model_management.intermediate_device())
 
 
 def _whole(pixels: Tensor) -> Tensor:
