@@ -45,27 +45,40 @@ _load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 _RUNTIME = ["num_heads", "num_rows", "q_segment_tokens", "q_blocks_per_segment"]
-_RUNTIME += ["kv_blocks_per_slot", "tail_tokens", "width"]
+_RUNTIME += ["kv_blocks_per_slot", "slot_reciprocal", "tail_tokens", "width"]
 _RUNTIME += ["q_slots", "k_slots", "v_slots", "out_slots", "whole_tiles", "num_parts"]
 
 
 @gluon.jit
-def _tile_of(step, block, kv_blocks_per_slot, KV_BLOCK: gl.constexpr, TILE: gl.constexpr,
-             HAS_TAIL: gl.constexpr):  # fmt: skip
-    """Slot of a key tile and its first token there; without a tail a batch is one slot."""
+def _divided(number, reciprocal):
+    """number // divisor for number x divisor < 2^30, with `_reciprocal(divisor)`.
+
+    A true division would be forty instructions of a loop of three hundred.
+    """
+    return ((number.to(gl.int64) * reciprocal) >> 30).to(gl.int32)
+
+
+@gluon.jit
+def _tile_of(step, block, kv_blocks_per_slot, slot_reciprocal, KV_BLOCK: gl.constexpr,
+             TILE: gl.constexpr, HAS_TAIL: gl.constexpr):  # fmt: skip
+    """Slot of a key tile, its first token there, and whether its block is a slot's last one.
+
+    Without a tail a batch is one slot.
+    """
     PARTS: gl.constexpr = KV_BLOCK // TILE
     slot = block * 0
     slot_block = block
     if HAS_TAIL:
-        slot = block // kv_blocks_per_slot
+        slot = _divided(block, slot_reciprocal)
         slot_block = block - slot * kv_blocks_per_slot
-    return slot, slot_block, slot_block * KV_BLOCK + (step % PARTS) * TILE
+    is_short = slot_block == kv_blocks_per_slot - 1
+    return slot, slot_block * KV_BLOCK + (step % PARTS) * TILE, is_short
 
 
 @gluon.jit
 def _copy_tiles(
-    k, v, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, kv_indices, steps,
-    kv_blocks_per_slot, k_slot, v_slot, at_head,
+    k, v, k_tiles, v_tiles, short_tiles, k_ready, k_free, v_ready, v_free, kv_indices, steps,
+    kv_blocks_per_slot, slot_reciprocal, k_slot, v_slot, at_head,
     KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: fills a stage as soon as both warpgroups have left it."""
@@ -74,10 +87,17 @@ def _copy_tiles(
     for step in range(steps):
         block = next_block
         next_block = gl.load(kv_indices + gl.minimum(step + 1, steps - 1) // PARTS)
-        slot, _, token = _tile_of(step, block, kv_blocks_per_slot, KV_BLOCK, TILE, HAS_TAIL)
+        slot, token, is_short = _tile_of(
+            step, block, kv_blocks_per_slot, slot_reciprocal, KV_BLOCK, TILE, HAS_TAIL
+        )
         stage = step % STAGES
         phase = (step // STAGES) & 1
         mbarrier.wait(k_free.index(stage), phase ^ 1)
+        if HAS_TAIL:
+            # Told along with the tile: for a warpgroup of 128 threads, asking the list is slow.
+            layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+            flag = gl.full([1], 0, gl.int32, layout=layout) + is_short.to(gl.int32)
+            short_tiles.index(stage).store(flag)
         mbarrier.expect(k_ready.index(stage), k.block_type.nbytes)
         _load_tile(k, [k_slot + slot, token, at_head], k_ready.index(stage), k_tiles.index(stage))
         mbarrier.wait(v_free.index(stage), phase ^ 1)
@@ -86,12 +106,21 @@ def _copy_tiles(
 
 
 @gluon.jit
-def _masked(scores, step, block, kv_blocks_per_slot, tail_tokens, columns,
+def _read_flag(flags, stage, HAS_TAIL: gl.constexpr):
+    flag = stage * 0
+    if HAS_TAIL:
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        flag = gl.sum(flags.index(stage).load(layout), 0)
+    return flag
+
+
+@gluon.jit
+def _masked(scores, step, is_short, tail_tokens, columns,
             KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL: gl.constexpr):  # fmt: skip
     if HAS_TAIL:
         PARTS: gl.constexpr = KV_BLOCK // TILE
         # A branch, for one block in 25: comparing every score costs a quarter of the speed.
-        if block % kv_blocks_per_slot == kv_blocks_per_slot - 1:
+        if is_short != 0:
             valid = tail_tokens - (step % PARTS) * TILE
             scores = gl.where((columns < valid)[None, :], scores, float("-inf"))
     return scores
@@ -99,13 +128,12 @@ def _masked(scores, step, block, kv_blocks_per_slot, tail_tokens, columns,
 
 @gluon.jit
 def _attend_rows(
-    HALF: gl.constexpr, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free,
-    out, parts, log_sums, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot,
-    segment_row, at_head, part, scale_log2, HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr,
-    TILE: gl.constexpr, HAS_TAIL: gl.constexpr, STAGES: gl.constexpr,
+    HALF: gl.constexpr, q_tiles, k_tiles, v_tiles, short_tiles, q_ready, k_ready, k_free, v_ready,
+    v_free, out, parts, log_sums, steps, tail_tokens, out_slot, segment_row, at_head, part,
+    scale_log2, HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL:
+    gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: 64 rows against every tile of the list, or of its part."""
-    PARTS: gl.constexpr = KV_BLOCK // TILE
     dtype: gl.constexpr = q_tiles.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16]
@@ -125,25 +153,19 @@ def _attend_rows(
     q_tile = q_tiles.index(HALF).reshape([64, HEAD_DIM])
     mbarrier.wait(q_ready, 0)
     if steps > 0:
-        next_block = gl.load(kv_indices)
         mbarrier.wait(k_ready.index(0), 0)
         k_tile = k_tiles.index(0).reshape([TILE, HEAD_DIM]).permute((1, 0))
         scores = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
+        is_short = _read_flag(short_tiles, 0, HAS_TAIL)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_free.index(0), count=1)
-        scores = _masked(scores, 0, next_block, kv_blocks_per_slot, tail_tokens, columns,
-                         KV_BLOCK, TILE, HAS_TAIL)  # fmt: skip
+        scores = _masked(scores, 0, is_short, tail_tokens, columns, KV_BLOCK, TILE, HAS_TAIL)
         running_max = gl.max(scores, 1) * scale_log2
         weights = gl.exp2(scores * scale_log2 - running_max[:, None])
         running_sum = gl.sum(weights, 1)
         weights = gl.convert_layout(weights.to(dtype), weight_layout)
-        if HAS_TAIL:
-            next_block = gl.load(kv_indices + gl.minimum(1, steps - 1) // PARTS)
 
         for step in range(1, steps):
-            block = next_block
-            if HAS_TAIL:
-                next_block = gl.load(kv_indices + gl.minimum(step + 1, steps - 1) // PARTS)
             stage = step % STAGES
             mbarrier.wait(k_ready.index(stage), (step // STAGES) & 1)
             k_tile = k_tiles.index(stage).reshape([TILE, HEAD_DIM]).permute((1, 0))
@@ -154,18 +176,21 @@ def _attend_rows(
             v_tile = v_tiles.index(before).reshape([TILE, HEAD_DIM])
             accumulator = warpgroup_mma(weights, v_tile, accumulator, is_async=True)
 
+            is_short = _read_flag(short_tiles, stage, HAS_TAIL)
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(k_free.index(stage), count=1)
-            scores = _masked(scores, step, block, kv_blocks_per_slot, tail_tokens, columns,
-                             KV_BLOCK, TILE, HAS_TAIL)  # fmt: skip
+            scores = _masked(scores, step, is_short, tail_tokens, columns, KV_BLOCK, TILE, HAS_TAIL)
             new_max = gl.maximum(running_max, gl.max(scores, 1) * scale_log2)
             new_weights = gl.exp2(scores * scale_log2 - new_max[:, None])
             decay = gl.exp2(running_max - new_max)
             running_sum = running_sum * decay + gl.sum(new_weights, 1)
             running_max = new_max
 
-            # The weights are registers that the product still reads until here.
-            accumulator, weights = warpgroup_mma_wait(0, deps=[accumulator, weights])
+            # The old weights are registers that the product reads until here. The new ones are
+            # named so that the compiler cannot move the wait in front of the softmax.
+            accumulator, weights, new_weights = warpgroup_mma_wait(
+                0, deps=[accumulator, weights, new_weights]
+            )
             mbarrier.arrive(v_free.index(before), count=1)
             accumulator *= gl.convert_layout(decay, sum_row_layout)[:, None]
             weights = gl.convert_layout(new_weights.to(dtype), weight_layout)
@@ -214,6 +239,7 @@ def block_sparse_attention_gluon_kernel(
     q_segment_tokens,
     q_blocks_per_segment,
     kv_blocks_per_slot,
+    slot_reciprocal,
     tail_tokens,
     width,
     whole_tiles,
@@ -250,6 +276,8 @@ def block_sparse_attention_gluon_kernel(
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, 1, 64, HEAD_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, TILE, HEAD_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, TILE, HEAD_DIM], v.layout)
+    flag_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    short_tiles = gl.allocate_shared_memory(gl.int32, [STAGES, 1], flag_layout)
     barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [1], barrier_layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
@@ -279,26 +307,25 @@ def block_sparse_attention_gluon_kernel(
             (
                 _attend_first_rows,
                 (
-                    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out,
-                    parts, log_sums, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot,
-                    segment_row, at_head, part, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL,
-                    STAGES,
+                    q_tiles, k_tiles, v_tiles, short_tiles, q_ready, k_ready, k_free, v_ready,
+                    v_free, out, parts, log_sums, steps, tail_tokens, out_slot, segment_row,
+                    at_head, part, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
                 ),
             ),
             (
                 _attend_last_rows,
                 (
-                    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out,
-                    parts, log_sums, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot,
-                    segment_row, at_head, part, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL,
-                    STAGES,
+                    q_tiles, k_tiles, v_tiles, short_tiles, q_ready, k_ready, k_free, v_ready,
+                    v_free, out, parts, log_sums, steps, tail_tokens, out_slot, segment_row,
+                    at_head, part, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
                 ),
             ),
             (
                 _copy_tiles,
                 (
-                    k, v, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free, kv_indices, steps,
-                    kv_blocks_per_slot, k_slot, v_slot, at_head, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+                    k, v, k_tiles, v_tiles, short_tiles, k_ready, k_free, v_ready, v_free,
+                    kv_indices, steps, kv_blocks_per_slot, slot_reciprocal, k_slot, v_slot, at_head,
+                    KV_BLOCK, TILE, HAS_TAIL, STAGES,
                 ),
             ),
         ],
@@ -309,29 +336,29 @@ def block_sparse_attention_gluon_kernel(
 
 @gluon.jit
 def _attend_first_rows(
-    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, parts, log_sums,
-    kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, part,
-    scale_log2, HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr,
-    HAS_TAIL: gl.constexpr, STAGES: gl.constexpr,
+    q_tiles, k_tiles, v_tiles, short_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, parts,
+    log_sums, steps, tail_tokens, out_slot, segment_row, at_head, part, scale_log2, HEAD_DIM:
+    gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL: gl.constexpr, STAGES:
+    gl.constexpr,
 ):  # fmt: skip
     _attend_rows(
-        0, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, parts,
-        log_sums, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row,
-        at_head, part, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+        0, q_tiles, k_tiles, v_tiles, short_tiles, q_ready, k_ready, k_free, v_ready, v_free, out,
+        parts, log_sums, steps, tail_tokens, out_slot, segment_row, at_head, part, scale_log2,
+        HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
     )  # fmt: skip
 
 
 @gluon.jit
 def _attend_last_rows(
-    q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, parts, log_sums,
-    kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row, at_head, part,
-    scale_log2, HEAD_DIM: gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr,
-    HAS_TAIL: gl.constexpr, STAGES: gl.constexpr,
+    q_tiles, k_tiles, v_tiles, short_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, parts,
+    log_sums, steps, tail_tokens, out_slot, segment_row, at_head, part, scale_log2, HEAD_DIM:
+    gl.constexpr, KV_BLOCK: gl.constexpr, TILE: gl.constexpr, HAS_TAIL: gl.constexpr, STAGES:
+    gl.constexpr,
 ):  # fmt: skip
     _attend_rows(
-        1, q_tiles, k_tiles, v_tiles, q_ready, k_ready, k_free, v_ready, v_free, out, parts,
-        log_sums, kv_indices, steps, kv_blocks_per_slot, tail_tokens, out_slot, segment_row,
-        at_head, part, scale_log2, HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
+        1, q_tiles, k_tiles, v_tiles, short_tiles, q_ready, k_ready, k_free, v_ready, v_free, out,
+        parts, log_sums, steps, tail_tokens, out_slot, segment_row, at_head, part, scale_log2,
+        HEAD_DIM, KV_BLOCK, TILE, HAS_TAIL, STAGES,
     )  # fmt: skip
 
 
@@ -379,6 +406,12 @@ def block_sparse_attention_gluon(
             f"the Gluon kernel does query blocks of 128 and key blocks of {KV_BLOCKS} tokens, "
             f"got {q_grid.block_tokens} and {kv_grid.block_tokens}"
         )
+    slot_blocks = kv_grid.blocks_per_segment
+    if slot_blocks * (k.shape[1] // kv_grid.block_tokens + 1) >= 1 << 30:
+        raise ValueError(
+            f"the Gluon kernel cannot address {k.shape[1]} keys in slots of {slot_blocks} blocks; "
+            "use the Triton kernel"
+        )
     if obstacle := descriptor_obstacle(q, k, v, out, q_grid, kv_grid):
         raise ValueError(f"the Gluon kernel needs tensor descriptors: {obstacle}")
     width = kv_indices.shape[3]
@@ -387,7 +420,8 @@ def block_sparse_attention_gluon(
     config = CONFIGS[kv_grid.block_tokens] if config is None else config
     tiles = kv_indices.shape[:3].numel()
     if rounds is None:
-        rounds = plan_rounds(tiles, width, multiprocessors(q.device))
+        steps = width * kv_grid.block_tokens // 64
+        rounds = plan_rounds(tiles, steps, multiprocessors(q.device))
     cut = tiles - rounds.whole_tiles
     shape = cut, rounds.num_parts, 128
     parts = torch.empty(*shape, q.shape[3], dtype=torch.float32, device=q.device)
@@ -398,6 +432,11 @@ def block_sparse_attention_gluon(
     if cut:
         plan_merge(parts, log_sums, out, rounds.whole_tiles, q_grid).run()
     return out
+
+
+def _reciprocal(divisor: int) -> int:
+    """For `_divided`."""
+    return (1 << 30) // divisor + 1
 
 
 def plan_gluon(
@@ -444,6 +483,7 @@ def plan_gluon(
         "q_segment_tokens": q_grid.segment_tokens,
         "q_blocks_per_segment": q_grid.blocks_per_segment,
         "kv_blocks_per_slot": kv_grid.blocks_per_segment,
+        "slot_reciprocal": _reciprocal(kv_grid.blocks_per_segment),
         "tail_tokens": kv_grid.tail_tokens,
         "width": width,
         "whole_tiles": whole_tiles,
