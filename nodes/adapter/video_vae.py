@@ -119,7 +119,7 @@ class StreamingVAE:
 
 
 def as_image(frames: Tensor) -> Tensor:
-    """Decoded frames [B, t, 3, H, W] as ComfyUI has pictures: [B, t, H, W, 3] where it keeps them."""
+    """Decoded frames [B, t, 3, H, W] as an IMAGE of videos, [B, t, H, W, 3], where it is kept."""
     return frames.movedim(2, -1).to(comfy.model_management.intermediate_device())
 
 
