@@ -32,18 +32,14 @@ class VAECase:
 SMALL = VAECase(FrameSize(64, 48), chunks=2, dtype=torch.float32)
 
 
-def _networks(small: bool) -> dict[str, WanVAE | TAEHV]:
-    """Name and network: the published widths, or tiny ones."""
-    if small:
-        return {
-            "wan": WanVAE(WanVAEConfig.from_dim(8)),
-            "taehv": TAEHV(TAEHVConfig(decoder_widths=(8, 8, 8, 8), encoder_width=None)),
-        }
-    return {
-        "wan": WanVAE(WanVAEConfig.from_dim(96)),
-        "lightvae": WanVAE(WanVAEConfig.from_dim(24)),
-        "taehv": TAEHV(TAEHVConfig(encoder_width=None)),
-    }
+def decoder_network(name: str) -> WanVAE | TAEHV:
+    """A network with random weights: 'wan', 'lightvae' or 'taehv' at their published widths, or
+    'wan small' or 'taehv small'."""
+    if name.startswith("taehv"):
+        widths = {"decoder_widths": (8, 8, 8, 8)} if name.endswith("small") else {}
+        return TAEHV(TAEHVConfig(encoder_width=None, **widths)).requires_grad_(False)
+    dim = {"wan": 96, "lightvae": 24, "wan small": 8}[name]
+    return WanVAE(WanVAEConfig.from_dim(dim)).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -58,8 +54,8 @@ def bench_vae(
     """
     rows = []
     for case in cases:
-        for name, network in _networks(small).items():
-            vae = VideoVAE(network.to(device, case.dtype).eval().requires_grad_(False))
+        for name in ("wan small", "taehv small") if small else ("wan", "lightvae", "taehv"):
+            vae = VideoVAE(decoder_network(name).to(device, case.dtype).eval())
             shape = (
                 1,
                 _LATENT_CHANNELS,

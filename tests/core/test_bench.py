@@ -72,6 +72,7 @@ def test_every_method_makes_whole_videos() -> None:
         )
         chunks = [r for r in result["rows"] if r["method"] == row["method"]]
         assert len(chunks) == 3 + 1
+        assert row["frames_per_second_decoded"] < row["frames_per_second"]
 
 
 def test_the_plain_loop_computes_what_the_engine_computes() -> None:
@@ -84,7 +85,8 @@ def test_the_plain_loop_computes_what_the_engine_computes() -> None:
     settings = rollout._settings(case, None)
     chunks = [chunk.latents for chunk in rollout.rollout(tree, settings, text, noise)]
     made: list[torch.Tensor] = []
-    loop = rollout.PlainLoop(case, tree, text, CPU)
+    decoder = VideoVAE(vae.decoder_network(case.decoder).eval())
+    loop = rollout.PlainLoop(case, tree, text, CPU, decoder)
     forward = loop._forward
 
     def listening(latents: torch.Tensor, timestep: float, first: int) -> torch.Tensor:
@@ -102,6 +104,6 @@ def test_the_plain_loop_computes_what_the_engine_computes() -> None:
 
 def test_decoders_are_timed_by_chunk(tmp_path: Path) -> None:
     result = vae.bench_vae([vae.SMALL], CPU, small=True, repeats=2)
-    assert {row["method"] for row in result["rows"]} == {"wan", "taehv"}
+    assert {row["method"] for row in result["rows"]} == {"wan small", "taehv small"}
     assert all(row["frames"] == 12 for row in result["rows"])
     json.dumps(result)
