@@ -11,6 +11,7 @@ import torch
 from lightforcing.kernels import reference
 from lightforcing.lightforcing_core.bench import attention, rollout, vae
 from lightforcing.lightforcing_core.sparse_settings import SparseSettings, make_schedule
+from lightforcing.lightforcing_core.vae.streaming import VideoVAE
 
 CPU = torch.device("cpu")
 
