@@ -11,7 +11,7 @@ from .growth_schedule import GrowthSchedule
 from .load_model import LoadModel
 from .prompt_schedule import PromptScheduleNode
 from .routes import add_routes
-from .sparse_attention import SparseAttention, read_settings
+from .sparse_attention import PRESET_VALUES, SparseAttention, read_settings
 from .sparsity_map import SparsityMap
 from .stream import StreamVideo
 from .vae import StreamingDecode, StreamingEncode
@@ -39,5 +39,5 @@ async def comfy_entrypoint() -> LightForcingExtension:
     """What ComfyUI calls when it has imported the pack."""
     server = getattr(PromptServer, "instance", None)
     if server is not None:  # None: nodes are used without a server
-        add_routes(server, read_settings)
+        add_routes(server, read_settings, PRESET_VALUES)
     return LightForcingExtension()

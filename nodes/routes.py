@@ -6,14 +6,17 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 from server import PromptServer
 
+from ..lightforcing_core.checkpoints.families import FAMILIES, identify
+from ..lightforcing_core.checkpoints.presets import Preset
 from ..lightforcing_core.errors import UserError
 from ..lightforcing_core.forecast import forecast
-from ..lightforcing_core.layout import chunk_lengths, latent_frames
+from ..lightforcing_core.layout import FrameSize, chunk_lengths, latent_frames
 from ..lightforcing_core.schedule import Timeline
 from ..lightforcing_core.sparse_settings import SparseSettings
 from .live import LiveRun, LiveRuns, RunPlan
@@ -22,25 +25,33 @@ _RUNS = web.AppKey("lightforcing_runs", LiveRuns)
 _MOST_FRAMES = 2000  # latent frames a forecast is made for
 # From a Sparse Attention node's widgets to its settings and its switch.
 ReadSettings = Callable[[Mapping[str, Any]], tuple[SparseSettings, bool]]
-# (lowest, highest, default) of what a forecast is asked for beside the settings.
+# (lowest, highest) of what a forecast is asked for beside the settings.
 _VIDEO = {
-    "frames": (1, 4 * _MOST_FRAMES, 81),
-    "frames_per_chunk": (1, _MOST_FRAMES, 3),
-    "window_frames": (-1, _MOST_FRAMES, -1),
-    "given_frames": (0, _MOST_FRAMES, 0),
-    "frame_tokens": (1, 1_000_000, 1560),
-    "num_layers": (1, 1000, 30),
-    "num_steps": (1, 1000, 4),
+    "frames": (1, 4 * _MOST_FRAMES),
+    "frames_per_chunk": (1, _MOST_FRAMES),
+    "window_frames": (-1, _MOST_FRAMES),
+    "given_frames": (0, _MOST_FRAMES),
+    "frame_tokens": (1, 1_000_000),
+    "num_layers": (1, 1000),
+    "num_steps": (1, 1000),
 }
 
 
-def add_routes(server: PromptServer, read: ReadSettings) -> None:
+def add_routes(
+    server: PromptServer, read: ReadSettings, presets: Mapping[str, Mapping[str, float | int]]
+) -> None:
     """Give the server our routes and the registry of runs they look into.
 
-    Args: read: raises UserError for values out of range.
+    Args:
+        read: raises UserError for values out of range.
+        presets: of the Sparse Attention node: values of its inputs by name.
     """
     runs = LiveRuns()
     server.app[_RUNS] = runs
+
+    @server.routes.get("/lightforcing/presets")
+    async def list_presets(request: web.Request) -> web.Response:
+        return web.json_response(presets)
 
     @server.routes.post("/lightforcing/forecast")
     async def forecast_settings(request: web.Request) -> web.Response:
@@ -125,7 +136,19 @@ def _change(body: dict[str, Any], runs: LiveRuns, read: ReadSettings) -> web.Res
 
 def _forecast(body: dict[str, Any], read: ReadSettings) -> web.Response:
     settings, enabled = read(_values(body))
-    video = {name: _count(body, name, *limits) for name, limits in _VIDEO.items()}
+    preset = _preset(body)
+    usual = {
+        "frames": 81,
+        "frames_per_chunk": preset.frames_per_chunk,
+        "window_frames": preset.window_frames,
+        "given_frames": 0,
+        "frame_tokens": FrameSize(832, 480).frame_tokens,
+        "num_layers": 30,
+        "num_steps": len(preset.steps),
+    }
+    video = {
+        name: _count(name, body.get(name, usual[name]), *limits) for name, limits in _VIDEO.items()
+    }
     total = latent_frames(video["frames"])
     given = min(video["given_frames"], total - 1)
     lengths = chunk_lengths(total - given, video["frames_per_chunk"])
@@ -143,8 +166,15 @@ def _forecast(body: dict[str, Any], read: ReadSettings) -> web.Response:
     )
 
 
-def _count(body: dict[str, Any], name: str, lowest: int, highest: int, default: int) -> int:
-    value = body.get(name, default)
+def _preset(body: dict[str, Any]) -> Preset:
+    """What a model was trained for, by its family or its file's name; the file is not opened."""
+    family, name = body.get("family"), body.get("model_name")
+    known = isinstance(family, str) and any(known.name == family for known in FAMILIES)
+    path = Path(name if isinstance(name, str) else "")
+    return identify(0, {}, path, family if known else None).preset
+
+
+def _count(name: str, value: object, lowest: int, highest: int) -> int:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or not lowest <= value <= highest:
         raise UserError(

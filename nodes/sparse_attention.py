@@ -29,7 +29,7 @@ _PLAN_STEPS: dict[str, tuple[int, ...] | None] = {
     "every pass": None,
 }
 # Target and base sparsity, top-k frames with sink and near ones: the released settings.
-_PRESET_VALUES: dict[str, dict[str, float | int]] = {
+PRESET_VALUES: dict[str, dict[str, float | int]] = {
     "5 seconds": {
         "target_sparsity": 0.88,
         "base_sparsity": 0.98,
@@ -77,7 +77,7 @@ def sparse_settings(
     Raises:
         UserError: values that do not fit together.
     """
-    values = _PRESET_VALUES.get(preset, {})
+    values = PRESET_VALUES.get(preset, {})
     target = float(values.get("target_sparsity", target_sparsity))
     base = float(values.get("base_sparsity", base_sparsity))
     block = None if block_size == "auto" else int(block_size)

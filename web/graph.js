@@ -52,11 +52,7 @@ function* sources(node) {
  */
 export function downstreamValues(node, names) {
   const found = {};
-  const read = (other) => {
-    for (const widget of other.widgets ?? []) {
-      if (names.includes(widget.name) && !(widget.name in found)) found[widget.name] = widget.value;
-    }
-  };
+  const read = (other) => readWidgets(other, names, found);
   const seen = new Set([node]);
   const queue = [node];
   while (queue.length) {
@@ -69,4 +65,26 @@ export function downstreamValues(node, names) {
     }
   }
   return found;
+}
+
+/** The values of these widget names on the nodes that lead to `node`; the nearest wins. */
+export function upstreamValues(node, names) {
+  const found = {};
+  const seen = new Set([node]);
+  const queue = [node];
+  while (queue.length) {
+    for (const source of sources(queue.shift())) {
+      if (seen.has(source)) continue;
+      seen.add(source);
+      queue.push(source);
+      readWidgets(source, names, found);
+    }
+  }
+  return found;
+}
+
+function readWidgets(node, names, found) {
+  for (const { name, value } of node.widgets ?? []) {
+    if (names.includes(name) && !(name in found)) found[name] = value;
+  }
 }

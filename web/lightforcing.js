@@ -3,19 +3,25 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { createCurve, percent } from "./curve.js";
-import { allNodes, downstreamValues, widgetValues } from "./graph.js";
-import { askForecast, askFrames, askRuns, sendSettings } from "./live.js";
+import { allNodes, downstreamValues, upstreamValues, widgetValues } from "./graph.js";
+import { askForecast, askFrames, askPresets, askRuns, sendSettings } from "./live.js";
 import { createPlayer } from "./player.js";
+import { createReport } from "./report.js";
 
 const SPARSE = "LightForcingSparseAttention";
 const STREAM = "LightForcingStreamVideo";
+const COMPARE = "LightForcingCompare";
 const LOOK_EVERY = 120; // ms
 const NODE_WIDTH = 360; // pixels, of a new node
 const VIDEO_WIDGETS = ["width", "height", "length", "frames_per_chunk", "window_frames"];
+const MODEL_WIDGETS = ["family", "model_name", "unet_name"];
+const PLAYER_HEIGHT = 180; // pixels at least
 
 // By node object, so that whatever is deleted is forgotten.
 const curves = new WeakMap();
 const players = new WeakMap();
+const reports = new WeakMap();
+let presets = {}; // widget values by preset
 
 app.registerExtension({
   name: "lightforcing.live",
@@ -23,13 +29,17 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass === SPARSE) addCurve(node);
     if (node.comfyClass === STREAM) addPlayer(node);
+    if (node.comfyClass === COMPARE) addReport(node);
   },
 
-  setup() {
+  async setup() {
     api.addEventListener("lightforcing.start", ({ detail }) => started(detail));
     api.addEventListener("lightforcing.chunk", ({ detail }) => chunkDone(detail));
     api.addEventListener("lightforcing.frames", ({ detail }) => framesMade(detail));
     api.addEventListener("lightforcing.end", ({ detail }) => ended(detail));
+    api.addEventListener("executed", ({ detail }) => executed(detail));
+    const { ok, data } = await askPresets();
+    if (ok) presets = data;
     // Looking at values finds every change: dragged, typed, undone, made in either kind of node.
     setInterval(look, LOOK_EVERY);
   },
@@ -50,6 +60,7 @@ function addCurve(node) {
     status: "",
     run: null, // { id, sent }: the run under way and the settings it was last sent
     sending: false,
+    preset: "", // whose values the widgets were given
     plan: {}, // of the latest run: what no widget says
   };
   curves.set(node, state);
@@ -57,15 +68,22 @@ function addCurve(node) {
 }
 
 function addPlayer(node) {
-  const player = createPlayer();
-  players.set(node, {
+  const player = createPlayer(PLAYER_HEIGHT);
+  const state = {
     player,
     run: null,
     marks: [],
     shown: -1, // number of the latest strip, so that none is shown twice
     waiting: null, // strips that came while earlier ones were fetched
-  });
-  addElement(node, "frames_as_they_come", player, () => 180);
+  };
+  players.set(node, state);
+  state.widget = addElement(node, "frames_as_they_come", player, () => PLAYER_HEIGHT);
+}
+
+function addReport(node) {
+  const report = createReport("time, PSNR and SSIM appear here after a run");
+  reports.set(node, report);
+  addElement(node, "comparison", report, () => 150);
 }
 
 function addElement(node, name, part, height) {
@@ -83,6 +101,7 @@ function addElement(node, name, part, height) {
     part.remove();
     return removed?.apply(this, rest);
   };
+  return widget;
 }
 
 // ---------------------------------------------------------------- settings that change
@@ -91,15 +110,33 @@ function look() {
   for (const [id, node] of allNodes()) {
     const state = curves.get(node);
     if (!state) continue;
+    followPreset(node, state);
     const values = widgetValues(node);
     forecastFor(node, state, values);
     send(id, state, values);
   }
 }
 
+/**
+ * A preset overrules the widgets it names. So that what they show is what holds, they are set when
+ * one is chosen, and moving one of them afterwards chooses the custom preset.
+ */
+function followPreset(node, state) {
+  const choice = node.widgets?.find((widget) => widget.name === "preset");
+  const preset = presets[choice?.value];
+  const ruled = preset ? node.widgets.filter((widget) => widget.name in preset) : [];
+  if (preset && state.preset === choice.value) {
+    if (ruled.some((widget) => widget.value !== preset[widget.name])) choice.value = "custom";
+  } else {
+    for (const widget of ruled) widget.value = preset[widget.name];
+    node.setDirtyCanvas?.(true, true);
+  }
+  state.preset = choice?.value;
+}
+
 async function forecastFor(node, state, values) {
   if (state.asking) return;
-  const video = { ...state.plan, ...videoOf(node, state.plan) };
+  const video = { ...state.plan, ...videoOf(node) };
   const key = JSON.stringify([values, video]);
   if (key === state.askedFor) return;
   state.askedFor = key;
@@ -111,10 +148,11 @@ async function forecastFor(node, state, values) {
   redraw(state);
 }
 
-/** Length and size of the video that a node's model goes to, as far as widgets say. */
-function videoOf(node, plan) {
+/** Model, length and size of the video that a node's model goes to, as far as widgets say. */
+function videoOf(node) {
   const found = downstreamValues(node, VIDEO_WIDGETS);
-  const video = {};
+  const { family, model_name, unet_name } = upstreamValues(node, MODEL_WIDGETS);
+  const video = { family, model_name: model_name ?? unet_name };
   const whole = (value) => (Number.isInteger(value) && value > 0 ? value : undefined);
   if (whole(found.length)) video.frames = found.length;
   if (whole(found.frames_per_chunk)) video.frames_per_chunk = found.frames_per_chunk;
@@ -167,9 +205,8 @@ function started(run) {
     state.shown = -1;
     state.waiting = null;
     state.player.start(run.plan.frames_per_second);
-    state.player.element.style.display = "flex";
     state.player.status("starting");
-    node.setDirtyCanvas?.(true, true);
+    showPlayer(node, state, true);
   }
 }
 
@@ -241,6 +278,22 @@ function summary(marks) {
   const seconds = marks.reduce((sum, mark) => sum + mark.seconds, 0);
   const many = marks.length === 1 ? "1 chunk" : `${marks.length} chunks`;
   return `${many}, ${frames} frames, ${(frames / seconds).toFixed(1)} frames/s`;
+}
+
+/** A node's output is there: its report, or the finished video, which the page itself plays. */
+function executed({ node: nodeId, display_node: shown, output }) {
+  const ids = [String(shown ?? nodeId)];
+  for (const [, , report] of concerned(ids, reports)) report.show((output?.text ?? []).join("\n"));
+  for (const [, node, state] of concerned(ids, players)) {
+    showPlayer(node, state, false);
+  }
+}
+
+/** Nodes on the canvas hide a widget by its flag, those made of HTML by the size of its element. */
+function showPlayer(node, state, shown) {
+  state.widget.hidden = !shown;
+  state.player.collapse(!shown);
+  node.setDirtyCanvas?.(true, true);
 }
 
 /** Pick up the runs under way: the page may have been loaded in the middle of one. */

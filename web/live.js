@@ -19,6 +19,9 @@ async function ask(path, body) {
 /** What these settings will ask for and compute, chunk by chunk. */
 export const askForecast = (values, video) => ask("forecast", { values, ...video });
 
+/** Values of a Sparse Attention node's widgets by preset. */
+export const askPresets = () => ask("presets");
+
 /** Move the sliders of a running node. */
 export const sendSettings = (nodeId, values) => ask("live", { node_id: nodeId, values });
 

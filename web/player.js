@@ -2,8 +2,8 @@
 
 const MOST_FRAMES = 1200; // held in memory; the oldest go first
 
-/** A canvas with a line of text below it. */
-export function createPlayer() {
+/** A canvas with a line of text below it, so many pixels high at least. */
+export function createPlayer(height) {
   const element = document.createElement("div");
   element.className = "lightforcing-player";
   element.style.cssText =
@@ -19,6 +19,8 @@ export function createPlayer() {
     "flex:none;font-size:11px;line-height:16px;color:var(--input-text);white-space:nowrap;overflow:hidden;text-overflow:ellipsis;";
   line.textContent = "frames appear here while they are made";
   element.append(canvas, line);
+
+  element.style.minHeight = `${height}px`;
 
   let frames = []; // { image, top, width, height }
   let at = 0;
@@ -72,6 +74,11 @@ export function createPlayer() {
   return {
     element,
     canvas,
+    /** Leave the line of text alone, or show all again. */
+    collapse(collapsed) {
+      canvas.style.display = collapsed ? "none" : "block";
+      element.style.minHeight = collapsed ? "0" : `${height}px`;
+    },
     status(message) {
       line.textContent = message;
     },
