@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .errors import UserError
@@ -9,6 +10,7 @@ from .errors import UserError
 SPATIAL_COMPRESSION = 8  # pixels per latent value, both axes (Wan 2.1 VAE)
 TEMPORAL_COMPRESSION = 4  # pixel frames per latent frame; the first latent frame is 1
 PATCH = 2  # latent values per token, both axes
+TOKEN_ORDERS = ("raster", "tiles")
 
 
 def latent_frames(pixel_frames: int) -> int:
@@ -98,3 +100,35 @@ def context_lengths(num_frames: int, frames_per_chunk: int) -> list[int]:
     return ([remainder] if remainder else []) + [frames_per_chunk] * (
         num_frames // frames_per_chunk
     )
+
+
+def tile_order(rows: int, columns: int, block_tokens: int) -> tuple[int, ...]:
+    """An order of a frame's tokens in which every block of consecutive ones is compact.
+
+    The frame is cut into bands about as high as a square block. In a band tokens go column by
+    column, and every other band goes from right to left: a block that ends in the band below lies
+    at one edge of the picture and not at both. 32 x 48 tokens in blocks of 64 give tiles of 8 x 8;
+    30 x 52 give bands of 8, 8, 7 and 7 rows and blocks that need not end with a column.
+
+    Args:
+        rows, columns: tokens of a frame.
+        block_tokens: of a key block.
+
+    Returns:
+        For each place in the order the raster index (row x columns + column) of its token. A
+        picture of values in this order is `picture[list(order)] = values`.
+
+    Raises:
+        UserError: a count below 1.
+    """
+    for name, value in (("rows", rows), ("columns", columns), ("block tokens", block_tokens)):
+        if value < 1:
+            raise UserError(f"the number of {name} must be at least 1, got {value}")
+    bands = max(round(rows / math.sqrt(block_tokens)), 1)
+    order: list[int] = []
+    for band in range(bands):
+        # The first bands are a row higher where they cannot all be equal.
+        first, end = (-(-rows * edge // bands) for edge in (band, band + 1))
+        across = range(columns) if band % 2 == 0 else reversed(range(columns))
+        order += [row * columns + column for column in across for row in range(first, end)]
+    return tuple(order)

@@ -200,6 +200,7 @@ class _Denoiser:
         should_stop: Callable[[], bool],
         block_runner: RunBlock | None,
         host: ModelHost | None,
+        order: Sequence[int] | None,
     ) -> None:
         self.tree = tree
         self.text = text
@@ -209,11 +210,12 @@ class _Denoiser:
         self.should_stop = should_stop
         self.block_runner = block_runner
         self.host = host or self._run_model
+        self.order = order
         self.forwards = 0
 
     def positions(self, frames: Sequence[int], latents: Tensor) -> PositionTable:
         height, width = latents.shape[-2:]
-        return position_table(self.tree, frames, height, width, latents.device)
+        return position_table(self.tree, frames, height, width, latents.device, self.order)
 
     def predict(
         self,
@@ -350,7 +352,8 @@ def rollout(
         block_runner: runs the transformer blocks, see `wan_forward`.
         host: runs the forwards instead of this function, see `ModelCall`.
         sparse_for_chunk: asked before every chunk (index from 0) for its settings, None: dense.
-            Needs `settings.sparse`, whose block sizes and backend hold for the whole run.
+            Needs `settings.sparse`, whose block sizes, token order and backend hold for the whole
+            run.
 
     Yields:
         Each chunk as soon as its last denoising step is done.
@@ -383,7 +386,11 @@ def rollout(
     cache, attend = _attention(settings, spec, device, given_frames)
     if sparse_for_chunk is not None and not isinstance(attend, SparseAttention):
         raise ValueError("settings by chunk need a run whose own settings are sparse")
-    denoiser = _Denoiser(tree, text, cache, attend, dtype, should_stop, block_runner, host)
+    order = None
+    if settings.sparse is not None:
+        _, patch_h, patch_w = tree.patch_size
+        order = settings.sparse.frame_order(height // patch_h, width // patch_w)
+    denoiser = _Denoiser(tree, text, cache, attend, dtype, should_stop, block_runner, host, order)
 
     started = _synchronized_time(device)
     first = 0

@@ -122,17 +122,18 @@ class SparseAttention:
         """Other settings from the next chunk on; None: dense chunks until the next change.
 
         Raises:
-            UserError: other block sizes or another backend, which hold for a whole run.
+            UserError: other block sizes, another token order or backend, which hold for a whole
+                run.
         """
         if settings is not None:
             now, then = (
-                (s.query_block_tokens, s.key_block_tokens, s.backend)
+                (s.query_block_tokens, s.key_block_tokens, s.token_order, s.backend)
                 for s in (self.settings, settings)
             )
             if now != then:
                 raise UserError(
-                    "block sizes (tokens) and the backend of sparse attention cannot change in a "
-                    f"run that goes on: it has {now}, asked for {then}; start a new run"
+                    "block sizes (tokens), token order and backend of sparse attention cannot "
+                    f"change in a run that goes on: it has {now}, asked for {then}; start a new run"
                 )
             self.settings = settings
         self._off = settings is None

@@ -10,6 +10,7 @@ from . import schedule as schedules
 from . import selection as policies
 from .backends import BACKENDS
 from .errors import UserError
+from .layout import TOKEN_ORDERS, tile_order
 from .schedule import MAX_SPARSITY, GrowthSchedule, Timeline, chunk_sparsity
 from .selection import SelectionPolicy
 
@@ -74,6 +75,9 @@ class SparseSettings:
         query_block_tokens, key_block_tokens: block sizes; None: 64 as released, smaller where a
             frame has fewer than eight of those. On Hopper query blocks are then 128, as in the
             released code. Query blocks run over frame borders, key blocks end with their frame.
+        token_order: which tokens of a frame make a block: 'raster', as released, strips of one row
+            or two; 'tiles', compact pieces of the picture (`layout.tile_order`). Dense chunks are
+            the same within rounding.
         plan_steps: denoising steps (from 0) at which blocks are chosen anew; the other steps and
             the clean pass take the latest choice. Default: once a chunk, at its first step. None:
             in every pass, as released.
@@ -89,6 +93,7 @@ class SparseSettings:
     policy: SelectionPolicy = policies.PRESETS["short"]
     query_block_tokens: int | None = None
     key_block_tokens: int | None = None
+    token_order: str = "raster"
     plan_steps: tuple[int, ...] | None = (0,)
     budgets: PassBudgets = field(default_factory=PassBudgets)
     dense_chunks: int = 0
@@ -106,6 +111,10 @@ class SparseSettings:
             object.__setattr__(self, "plan_steps", tuple(self.plan_steps))
             if any(step < 0 for step in self.plan_steps):
                 raise UserError(f"plan_steps counts steps from 0, got {self.plan_steps}")
+        if self.token_order not in TOKEN_ORDERS:
+            raise UserError(
+                f"no token order '{self.token_order}'; choose one of {', '.join(TOKEN_ORDERS)}"
+            )
         if self.backend not in BACKENDS:
             raise UserError(
                 f"no attention backend '{self.backend}'; choose one of {', '.join(BACKENDS)}"
@@ -124,6 +133,12 @@ class SparseSettings:
             return sparsity
         # Half a block more than asked for, so that rounding down gives what was asked for.
         return max(1 - (self.keep_blocks + 0.5) / key_blocks, 0.0)
+
+    def frame_order(self, rows: int, columns: int) -> tuple[int, ...] | None:
+        """Raster index of each token of a frame in order; None: they are in raster order."""
+        if self.token_order == "raster":
+            return None
+        return tile_order(rows, columns, self.key_block(rows * columns))
 
     def query_block(self, frame_tokens: int) -> int:
         """Tokens of a query block for frames of so many tokens."""

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 # Options of `generate` that say how attention is sparse, but not that it is.
 _SPARSE_OPTIONS = (
     "base_sparsity", "schedule", "policy", "keep_frames", "keep_sink", "keep_near",
-    "guarantee_sink", "guarantee_own_block", "query_block", "key_block", "plan", "backend",
+    "guarantee_sink", "guarantee_own_block", "query_block", "key_block", "token_order", "plan",
+    "backend",
 )  # fmt: skip
 _BENCHES = ("attention", "rollout", "vae")
 
@@ -102,6 +103,11 @@ def add_sparse_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--query-block", type=int, help="tokens of a query block (default: 64)")
     group.add_argument("--key-block", type=int, help="tokens of a key block (default: 64)")
     group.add_argument(
+        "--token-order",
+        choices=("raster", "tiles"),
+        help="tokens of a block: rows of the picture (default, as released) or compact tiles",
+    )
+    group.add_argument(
         "--plan",
         choices=("chunk", "pass"),
         help="choose blocks once a chunk (default), or anew in every pass as released",
@@ -147,6 +153,7 @@ def sparse_settings(arguments: argparse.Namespace) -> SparseSettings | None:
         ),
         query_block_tokens=arguments.query_block,
         key_block_tokens=arguments.key_block,
+        token_order=arguments.token_order or "raster",
         plan_steps=None if arguments.plan == "pass" else (0,),
         backend=arguments.backend or "auto",
     )

@@ -44,10 +44,19 @@ class TextContext:
 
 @dataclass(frozen=True)
 class PositionTable:
-    """Rotary cosines and sines of some latent frames, each float32 [tokens, D / 2]."""
+    """Where the tokens of some latent frames are.
+
+    Attributes:
+        cos, sin: rotary, float32 [tokens, D / 2], in the order of the tokens.
+        order: int64 [tokens of a frame], raster index of each token; None: they are in raster
+            order.
+        places: int64 [tokens of a frame], its inverse: the place of each raster index.
+    """
 
     cos: Tensor
     sin: Tensor
+    order: Tensor | None = None
+    places: Tensor | None = None
 
 
 def _parameter(parameter: Tensor, like: Tensor) -> Tensor:
@@ -97,12 +106,37 @@ def timestep_embedding(timesteps: Tensor, freq_dim: int) -> Tensor:
 
 
 def position_table(
-    tree: nn.Module, frame_indices: Sequence[int], height: int, width: int, device: torch.device
+    tree: nn.Module,
+    frame_indices: Sequence[int],
+    height: int,
+    width: int,
+    device: torch.device,
+    order: Sequence[int] | None = None,
 ) -> PositionTable:
-    """Rotary table for latent frames of the given latent size (height and width in latents)."""
+    """Positions of latent frames of the given latent size (height and width in latents).
+
+    Args:
+        order: raster index of each token of a frame, such as `layout.tile_order`; the forward
+            then takes tokens in this order, and so does attention. None: raster.
+
+    Raises:
+        ValueError: an order that does not name every token of a frame once.
+    """
     head_dim = tree.patch_embedding.weight.shape[0] // tree.num_heads
     rows, columns = height // tree.patch_size[1], width // tree.patch_size[2]
-    return PositionTable(*rope_angles(frame_indices, rows, columns, head_dim, device))
+    if order is None:
+        return PositionTable(*rope_angles(frame_indices, rows, columns, head_dim, device))
+    if sorted(order) != list(range(rows * columns)):
+        raise ValueError(
+            f"the order of tokens must name each of 0..{rows * columns - 1} once, "
+            f"got {len(order)} numbers"
+        )
+    places = torch.tensor(order)
+    cos, sin = (
+        table.unflatten(0, (len(frame_indices), -1))[:, places].flatten(0, 1).to(device)
+        for table in rope_angles(frame_indices, rows, columns, head_dim, "cpu")
+    )
+    return PositionTable(cos, sin, places.to(device), places.argsort().to(device))
 
 
 def _check_latents(tree: nn.Module, x: Tensor, timesteps: Tensor, frames: int) -> None:
@@ -143,7 +177,8 @@ def wan_forward(
         frame_indices: F absolute latent frame indices (rotary positions).
         text: from `prepare_text`.
         attend: self-attention of every layer.
-        positions: from `position_table` for the same indices and size, to reuse it.
+        positions: from `position_table` for the same indices and size, to reuse it or for another
+            order of tokens. Attention is given tokens in that order; x and the result have none.
         block_runner: runs each block, instead of `run_block`: compiled or fused.
 
     Returns:
@@ -156,7 +191,10 @@ def wan_forward(
     batch, _, frames, height, width = x.shape
     if positions is None:
         positions = position_table(tree, frame_indices, height, width, x.device)
-    hidden = _embed_patches(tree, x).flatten(2).transpose(1, 2)  # [B, F * T, dim]
+    hidden = _embed_patches(tree, x).flatten(3)  # [B, dim, F, T]
+    if positions.order is not None:
+        hidden = hidden.index_select(3, positions.order)
+    hidden = hidden.flatten(2).transpose(1, 2)  # [B, F * T, dim]
     sinusoid = timestep_embedding(timesteps.flatten(), tree.freq_dim).to(x.dtype)
     embedded = tree.time_embedding(sinusoid)  # [B * F, dim]
     modulation = tree.time_projection(embedded).view(batch, frames, 6, -1)
@@ -168,6 +206,8 @@ def wan_forward(
 
     shift, scale = (_parameter(tree.head.modulation, embedded) + embedded).unbind(2)
     out = tree.head.head(_modulate(tree.head.norm(hidden), shift, scale))
+    if positions.places is not None:
+        out = out.unflatten(1, (frames, -1)).index_select(2, positions.places).flatten(1, 2)
     return _unpatchify(out, frames, height, width, tree.patch_size)
 
 

@@ -19,7 +19,13 @@ from ...lightforcing_core.kv_cache import CacheSpec, KVCache
 from ...lightforcing_core.layout import chunk_lengths
 from ...lightforcing_core.schedule import Timeline
 from ...lightforcing_core.sparse import SparseAttention, sparse_backend
-from ...lightforcing_core.wan.forward import TextContext, prepare_text, wan_forward
+from ...lightforcing_core.wan.forward import (
+    PositionTable,
+    TextContext,
+    position_table,
+    prepare_text,
+    wan_forward,
+)
 from .options import SparseChoice, sparse_of
 
 _PATCHED = "diffusion_model.forward"
@@ -108,6 +114,10 @@ class NativeRun:
         backend = sparse_backend(choice.settings, spec, x.device)
         self._cache = KVCache(spec, x.device, backend.pool_blocks)
         self._choice = choice
+        self._order = choice.settings.frame_order(
+            height // tree.patch_size[1], width // tree.patch_size[2]
+        )
+        self._positions: PositionTable | None = None  # of the open chunk
         self._backend = backend
         self._total = total
         self._given = _given_frames(options)
@@ -128,10 +138,15 @@ class NativeRun:
         frames = range(start, start + x.shape[2])
         if start != self._start:
             self._open(frames)
+            self._positions = position_table(
+                self._tree, frames, x.shape[3], x.shape[4], x.device, self._order
+            )
         clean = start < self._given or self._forwards == self._steps
         self._attend.begin_pass(None if clean else self._forwards)
         timesteps = timestep[:, None].expand(-1, len(frames))
-        velocity = wan_forward(self._tree, x, timesteps, frames, self._text, self._attend)
+        velocity = wan_forward(
+            self._tree, x, timesteps, frames, self._text, self._attend, self._positions
+        )
         self._forwards += 1
         if clean:
             self._cache.commit()

@@ -50,6 +50,8 @@ def test_schedule_prints_writes_and_draws_the_published_curve(
         ["generate", PROMPT, "--out=x.mp4", "--policy=block_top_k"],
         ["generate", PROMPT, "--out=x.mp4", "--backend=triton"],
         ["generate", PROMPT, "--out=x.mp4", "--plan=pass"],
+        ["generate", PROMPT, "--out=x.mp4", "--token-order=tiles"],
+        ["generate", PROMPT, "--out=x.mp4", "--sparsity=0.5", "--token-order=cubes"],
         ["generate", PROMPT, "--out=x.mp4", "--sparsity=0.5", "--schedule-values=0.1,0.2"],
         ["bench", "attention", "--device=nonsense"],
         ["bench", "attention", "--device=cuda:99"],

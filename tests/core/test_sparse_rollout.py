@@ -326,7 +326,8 @@ def test_on_hopper_auto_takes_gluon_where_its_query_blocks_fit(
     assert "query blocks are 128" in caplog.text
 
 
-def test_triton_makes_the_same_video() -> None:
+@pytest.mark.parametrize("order", ["raster", "tiles"])
+def test_triton_makes_the_same_video(order: str) -> None:
     """Interpreted, in a process of its own: Triton decides that when it is imported."""
     program = """
 import sys, torch
@@ -351,7 +352,7 @@ text = prepare_text(tree, torch.randn(1, 4, 8))
 videos = []
 for backend in ("reference", "triton"):
     policy = make_policy(keep_frames=3, keep_near=1, guarantee_own_block=True)
-    sparse = SparseSettings(make_schedule(0.5), policy, 16, 16, backend=backend)
+    sparse = SparseSettings(make_schedule(0.5), policy, 16, 16, sys.argv[1], backend=backend)
     settings = RolloutSettings(6, 1, (1000.0,), window_frames=5, sink_frames=1, sparse=sparse)
     noise = SeededNoise(0, (1, 16, 8, 10))  # 20 tokens a frame: a tail of 4
     videos.append(torch.cat([c.latents for c in rollout(tree, settings, text, noise)], 2))
@@ -360,7 +361,7 @@ print(float((videos[0] - videos[1]).norm() / videos[0].norm()))
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program, order], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-5
