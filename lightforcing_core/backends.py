@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class AttentionBackend:
 
     Attributes:
         query_block_tokens: the only query block it does; None: several.
+        attend_variants: calls of `block_sparse_attention` that launch all its kernels between
+            them; none: nothing is compiled.
     """
 
     name: str
@@ -42,6 +45,7 @@ class AttentionBackend:
     select_blocks: Callable[..., tuple[Tensor, Tensor]]
     block_sparse_attention: Callable[..., Tensor]
     query_block_tokens: int | None = None
+    attend_variants: tuple[Callable[..., Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,17 +152,21 @@ def _triton() -> AttentionBackend:
         ops.pool_blocks_triton,
         ops.select_blocks_triton,
         ops.block_sparse_attention_triton,
+        attend_variants=(ops.block_sparse_attention_triton,),
     )
 
 
 def _gluon() -> AttentionBackend:
     from ..kernels.gluon_attention import block_sparse_attention_gluon
+    from ..kernels.rounds import Rounds
 
     return replace(
         _triton(),
         name="gluon",
         block_sparse_attention=block_sparse_attention_gluon,
         query_block_tokens=_GLUON_QUERY_BLOCK,
+        # With every list cut in two, it is followed by the kernel that joins them.
+        attend_variants=(partial(block_sparse_attention_gluon, rounds=Rounds(0, 2)),),
     )
 
 

@@ -386,6 +386,8 @@ def rollout(
     cache, attend = _attention(settings, spec, device, given_frames)
     if sparse_for_chunk is not None and not isinstance(attend, SparseAttention):
         raise ValueError("settings by chunk need a run whose own settings are sparse")
+    if isinstance(attend, SparseAttention):
+        attend.warm_up(settings_may_change=sparse_for_chunk is not None)
     order = None
     if settings.sparse is not None:
         _, patch_h, patch_w = tree.patch_size

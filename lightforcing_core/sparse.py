@@ -8,7 +8,7 @@ needs no reordering.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from .schedule import Timeline
 from .selection import KeyView, SelectionRule, fixed_blocks, own_blocks
 from .sparse_settings import SparseSettings
 from .stopwatch import Stopwatch
+from .warm_up import warm_up
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,35 @@ class SparseAttention:
                 )
             self.settings = settings
         self._off = settings is None
+
+    def warm_up(self, *, settings_may_change: bool = False) -> None:
+        """Compile what the run's sparse chunks will need, before the first chunk enters the cache.
+
+        Does nothing where nothing is compiled: in plain torch, and for a single dense chunk.
+
+        Args:
+            settings_may_change: prepare for any policy that `change` may bring.
+        """
+        if not self._backend.attend_variants or self._timeline.num_chunks < 2:
+            return
+        variants: set[bool] | None = None
+        if rules := [rule for rule in self._rules_to_come() if rule is not None]:
+            variants = {rule.own_block for rule in rules if not rule.is_fixed}
+        if settings_may_change:
+            variants = {False, True}
+        warm_up(self._backend, self.cache, self._query_block_tokens, variants)
+
+    def _rules_to_come(self) -> Iterator[SelectionRule | None]:
+        """Of the planned chunks, each at its own sparsity."""
+        timeline, per_frame = self._timeline, self.cache.spec.blocks_per_frame
+        for chunk in range(timeline.num_chunks):
+            frames, visible = timeline.frames(chunk), timeline.visible_frames(chunk)
+            view = KeyView(
+                tuple(range(visible)), tuple(range(visible - frames, visible)), per_frame
+            )
+            sparsity = self.settings.sparsity(chunk, timeline, view.num_blocks)
+            if frames < visible and sparsity:
+                yield self.settings.policy.rule(view, sparsity)
 
     def begin_chunk(self, chunk: int | None) -> None:
         """Take the sparsity of a chunk, and send the device what its passes will need.

@@ -165,7 +165,9 @@ class NativeRun:
     def _sparse(self, frames_per_chunk: int) -> SparseAttention:
         lengths = chunk_lengths(self._total - self._given, frames_per_chunk)
         timeline = Timeline(tuple(lengths), self._given)
-        return SparseAttention(self._cache, self._choice.settings, timeline, self._backend)
+        attention = SparseAttention(self._cache, self._choice.settings, timeline, self._backend)
+        attention.warm_up()
+        return attention
 
 
 def _given_frames(options: dict[str, Any]) -> int:

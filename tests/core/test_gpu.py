@@ -17,7 +17,11 @@ from lightforcing.lightforcing_core.errors import Cancelled, UserError
 from lightforcing.lightforcing_core.kv_cache import CacheSpec, KVCache
 from lightforcing.lightforcing_core.noise import SeededNoise
 from lightforcing.lightforcing_core.rollout import RolloutSettings, cache_spec, rollout
-from lightforcing.lightforcing_core.sparse_settings import SparseSettings, make_schedule
+from lightforcing.lightforcing_core.sparse_settings import (
+    SparseSettings,
+    make_policy,
+    make_schedule,
+)
 from lightforcing.lightforcing_core.wan.config import WanConfig
 from lightforcing.lightforcing_core.wan.forward import prepare_text
 from lightforcing.lightforcing_core.wan.modules import WanModel
@@ -170,3 +174,56 @@ def test_sparse_rollouts_agree_with_the_reference(backend: str, size: tuple[int,
 
     expected = made("reference")
     assert float((made(backend) - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("own_block", [False, True])
+@pytest.mark.parametrize("backend", ["triton", "gluon"])
+@pytest.mark.parametrize("size", [(64, 96), (60, 104)], ids=["1536 tokens", "1560 tokens"])
+def test_a_rollout_compiles_before_its_first_chunk(
+    backend: str, size: tuple[int, int], own_block: bool
+) -> None:
+    """36 frames: selection tiles of 32 and of 64 slots; gluon cuts tiles of some chunks."""
+    if backend == "gluon" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Gluon kernel is for compute capability 9.0")
+    from lightforcing.kernels import (
+        gluon_attention,
+        triton_attention,
+        triton_merge,
+        triton_pooling,
+        triton_selection,
+    )
+
+    kernels = (
+        triton_attention.block_sparse_attention_kernel,
+        triton_pooling.pool_blocks_kernel,
+        triton_selection.block_scores_kernel,
+        triton_selection.select_blocks_kernel,
+        triton_merge.merge_parts_kernel,
+        gluon_attention.block_sparse_attention_gluon_kernel,
+    )
+
+    def compiled() -> list[int]:
+        return [sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels]
+
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    config = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64, text_len=32)
+    tree = WanModel(config).requires_grad_(False).cuda().bfloat16()
+    with torch.no_grad():
+        text = prepare_text(tree, torch.randn(1, 20, 64).cuda().bfloat16())
+    sparse = SparseSettings(
+        schedule=make_schedule(0.7),
+        policy=make_policy(guarantee_own_block=own_block),
+        query_block_tokens=128,
+        key_block_tokens=64,
+        plan_steps=None,
+        backend=backend,
+    )
+    noise = SeededNoise(4, (1, 16, *size), torch.device("cuda"))
+    chunks = rollout(tree, RolloutSettings(36, 3, sparse=sparse), text, noise)
+    next(chunks)  # dense
+    ready = compiled()
+    assert sum(ready) > 0
+    for _ in chunks:
+        pass
+    assert compiled() == ready
