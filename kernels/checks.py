@@ -41,6 +41,7 @@ def check_selection(
     roles: Tensor | Sequence[int],
     top_k: int,
     own_blocks: Tensor | None,
+    limits: Tensor | None,
 ) -> None:
     """Shapes of `select_blocks`' arguments; reads no device memory.
 
@@ -66,6 +67,8 @@ def check_selection(
         raise ValueError(f"top_k must be at least 1 block, got {top_k}")
     if own_blocks is not None and own_blocks.shape != pooled_q.shape[2:3]:
         raise ValueError(f"own_blocks must be [{pooled_q.shape[2]}], got {tuple(own_blocks.shape)}")
+    if limits is not None and limits.shape != (2,):
+        raise ValueError(f"limits must be [2], got {tuple(limits.shape)}")
 
 
 def check_attention(
@@ -105,4 +108,51 @@ def check_attention(
     if out is not None and (out.shape != q.shape or out.dtype != q.dtype):
         raise ValueError(
             f"out must be like q, {tuple(q.shape)} {q.dtype}, got {tuple(out.shape)} {out.dtype}"
+        )
+
+
+def check_projection(
+    x_q: Tensor,
+    x_k: Tensor,
+    x_v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pooled_keys: Tensor,
+    open_slots: Tensor,
+    q_grid: BlockGrid,
+    kv_grid: BlockGrid,
+) -> None:
+    """Shapes of `project_blocks`' arguments; reads no device memory.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was given.
+    """
+    if x_q.ndim != 3 or not x_q.shape == x_k.shape == x_v.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (x_q, x_k, x_v))
+        raise ValueError(f"x_q, x_k and x_v must be [B, S, H * D] and alike, got {shapes}")
+    if keys.ndim != 5 or keys.shape != values.shape or keys.shape[2] != kv_grid.slot_tokens:
+        raise ValueError(
+            f"keys and values must be [B, slots, {kv_grid.slot_tokens}, H, D] and alike, "
+            f"got {tuple(keys.shape)} and {tuple(values.shape)}"
+        )
+    batch, slots, _, heads, head_dim = keys.shape
+    if x_q.shape[0] != batch or x_q.shape[2] != heads * head_dim:
+        raise ValueError(
+            f"x_q must have {batch} batches and a width of {heads} x {head_dim} as the keys, "
+            f"got {tuple(x_q.shape)}"
+        )
+    if pooled_keys.shape != (batch, heads, slots * kv_grid.blocks_per_segment, head_dim):
+        raise ValueError(
+            f"pooled_keys must be [{batch}, {heads}, {slots * kv_grid.blocks_per_segment}, "
+            f"{head_dim}], got {tuple(pooled_keys.shape)}"
+        )
+    if q_grid.segment_tokens != x_q.shape[1]:
+        raise ValueError(
+            f"the queries must be one segment, got {x_q.shape[1]} tokens and segments of "
+            f"{q_grid.segment_tokens}"
+        )
+    if len(open_slots) * kv_grid.segment_tokens != x_q.shape[1]:
+        raise ValueError(
+            f"{len(open_slots)} open slots of {kv_grid.segment_tokens} tokens do not take "
+            f"{x_q.shape[1]} tokens"
         )

@@ -33,6 +33,7 @@ from .launch import Launch, is_interpreted
 from .triton_attention import plan_attention
 from .triton_merge import plan_merge
 from .triton_pooling import plan_pooling
+from .triton_projection import plan_projection
 from .triton_selection import plan_scores, plan_selection
 
 TUNED_WITH = "3.6."
@@ -218,19 +219,43 @@ def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
         q, k = (_meta(1, _HEADS, n, head_dim, dtype=torch.float32) for n in (75, 525))
         return plan_scores(q, k, _meta(1, _HEADS, 75, 525, dtype=torch.float32))
 
-    def selection(segments: int, blocks: int, has_own: bool) -> Launch:
+    def selection(segments: int, blocks: int, has_own: bool, has_limits: bool = False) -> Launch:
         num_k = segments * blocks
         roles, ids = _meta(segments, dtype=torch.int32), _meta(75, dtype=torch.int32)
         lists = _meta(1, _HEADS, 75, _TOP_K, dtype=torch.int32)
         all_scores = _meta(1, _HEADS, 75, num_k, dtype=torch.float32)
         own = ids if has_own else None
-        return plan_selection(all_scores, roles, lists, lists[..., 0], blocks, 3, own)
+        limits = roles[:2] if has_limits else None
+        return plan_selection(all_scores, roles, lists, lists[..., 0], blocks, 3, own, limits)
 
     def merge(head_dim: int) -> Launch:
         parts = _meta(36, 3, 128, head_dim, dtype=torch.float32)
         out = _meta(1, 4680, _HEADS, head_dim)
         return plan_merge(parts, parts[..., 0], out, 396, BlockGrid(4680, 128))
 
+    def projection(head_dim: int, q_block: int, kv_block: int) -> Launch:
+        kv_grid = BlockGrid(1560, kv_block)
+        x, slots = _meta(1, 4680, _HEADS * head_dim), _meta(3, dtype=torch.int32)
+        keys = _meta(1, _SEGMENTS, kv_grid.slot_tokens, _HEADS, head_dim)
+        blocks = _SEGMENTS * kv_grid.blocks_per_segment
+        pooled = _meta(1, _HEADS, blocks, head_dim, dtype=torch.float32)
+        angles, out = (
+            _meta(4680, head_dim // 2, dtype=torch.float32),
+            _meta(1, 4680, _HEADS, head_dim),
+        )
+        q_grid = BlockGrid(4680, q_block)
+        pooled_q = _meta(1, _HEADS, q_grid.blocks_per_segment, head_dim, dtype=torch.float32)
+        return plan_projection(x, x, x, x[0, 0], x[0, 0], 1e-6, angles, angles, keys, keys, pooled,
+                               slots, out, pooled_q, q_grid, kv_grid)  # fmt: skip
+
+    for head_dim, (q_block, kv_block) in itertools.product(
+        HEAD_DIMS, ((16, 16), (64, 64), (128, 64))
+    ):
+        shape = head_dim, q_block, kv_block
+        yield (
+            f"projection d{head_dim} q{q_block} k{kv_block}",
+            lambda shape=shape: projection(*shape),
+        )
     for head_dim in HEAD_DIMS:
         yield f"merge d{head_dim}", lambda d=head_dim: merge(d)
     for head_dim, block in itertools.product(HEAD_DIMS, (16, 32, 64, 128)):
@@ -238,6 +263,7 @@ def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
     yield "scores", lambda: scores(128)
     # Two block sizes of a common cache, a longer cache, and the largest tiles.
     yield "selection 21x25", lambda: selection(21, 25, False)
+    yield "selection 21x25 limits", lambda: selection(21, 25, False, True)
     for shape in ((21, 13), (21, 25), (120, 25), (328, 25), (8192, 1)):
         name = f"selection {shape[0]}x{shape[1]} own"
         yield name, lambda shape=shape: selection(*shape, True)

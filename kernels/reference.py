@@ -18,6 +18,7 @@ from .checks import (
     ROLE_CANDIDATE,
     ROLE_FORCED,
     check_attention,
+    check_projection,
     check_selection,
     segments_of,
 )
@@ -62,6 +63,7 @@ def select_blocks(
     keep_candidates: int,
     top_k: int,
     own_blocks: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the key blocks of every query block, in two stages.
 
@@ -87,6 +89,9 @@ def select_blocks(
         top_k: width of the list.
         own_blocks: int32 [NQ], a key block for each query block that is always selected; an id
             outside 0..NK-1 or in an absent segment means none.
+        limits: int32 [2] on the tensors' device: keep_candidates and the number of blocks to keep
+            (at most top_k), instead of the numbers given; for a captured graph, which would hold
+            numbers fast.
 
     Returns:
         kv_indices int32 [B, H, NQ, top_k], ascending, -1 after the last one selected, and
@@ -99,7 +104,11 @@ def select_blocks(
     released code; there masked blocks fill the list when fewer than top_k are eligible, and
     nothing is forced.
     """
-    check_selection(pooled_q, pooled_k, blocks_per_segment, roles, top_k, own_blocks)
+    check_selection(pooled_q, pooled_k, blocks_per_segment, roles, top_k, own_blocks, limits)
+    width = top_k
+    if limits is not None:
+        keep_candidates, top_k = limits.tolist()
+        top_k = min(top_k, width)
     device, num_blocks = pooled_q.device, pooled_k.shape[2]
     roles = torch.as_tensor(roles, device=device)
     # In float64 and rounded, so that neither the summation order nor a host's TF32 switch decides.
@@ -123,8 +132,8 @@ def select_blocks(
     selected = (ranks < top_k) & (tiers > 0)
     counts = selected.sum(3, dtype=torch.int32)
     ids = torch.arange(num_blocks, device=device, dtype=torch.int32)
-    ids = torch.where(selected, ids, num_blocks).sort(3).values[..., :top_k]
-    ids = F.pad(ids, (0, top_k - ids.shape[3]), value=num_blocks)
+    ids = torch.where(selected, ids, num_blocks).sort(3).values[..., :width]
+    ids = F.pad(ids, (0, width - ids.shape[3]), value=num_blocks)
     return ids.masked_fill(ids == num_blocks, -1).contiguous(), counts
 
 
@@ -204,6 +213,66 @@ def block_sparse_attention(
 
     results = results.permute(0, 2, 3, 1, 4).flatten(1, 2).unflatten(1, (-1, q_grid.slot_tokens))
     return out.copy_(results[:, :, : q_grid.segment_tokens].flatten(1, 2))
+
+
+def project_blocks(
+    x_q: Tensor,
+    x_k: Tensor,
+    x_v: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pooled_keys: Tensor,
+    open_slots: Tensor,
+    *,
+    q_grid: BlockGrid,
+    kv_grid: BlockGrid,
+) -> tuple[Tensor, Tensor]:
+    """From projections to what attention takes; keys and values go to their slots.
+
+    Args:
+        x_q, x_k, x_v: [B, S, H * D], as the linear layers leave them.
+        weight_q, weight_k: [H * D], gains of the root-mean-square norms over the full width.
+        eps: of the norms.
+        cos, sin: float32 [S, D / 2], rotary of each token; neighbouring pairs rotate.
+        keys, values: [B, slots, rows of a slot, H, D], written in the open slots, padding not.
+        pooled_keys: float32 [B, H, slots * blocks, D], written in the open slots' blocks.
+        open_slots: int32 [S / kv_grid.segment_tokens], where each segment goes.
+        q_grid: one segment of S tokens.
+
+    Returns:
+        q [B, S, H, D], normalised and rotated, and its block means, float32 [B, H, blocks, D].
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    check_projection(x_q, x_k, x_v, keys, values, pooled_keys, open_slots, q_grid, kv_grid)
+    heads = keys.shape[3]
+
+    def rotated(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.to(_wide(x))
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        normed = (wide * scale).to(x.dtype) * weight.to(x.dtype)
+        even, odd = normed.to(wide.dtype).unflatten(-1, (heads, -1, 2)).unbind(-1)
+        c, s = cos[:, None], sin[:, None]
+        pairs = torch.stack((even * c - odd * s, even * s + odd * c), dim=-1)
+        return pairs.flatten(-2).to(x.dtype)
+
+    q, k = rotated(x_q, weight_q), rotated(x_k, weight_k)
+    v = x_v.unflatten(-1, (heads, -1))
+    pooled = pool_blocks(k, kv_grid, padded=False).unflatten(2, (len(open_slots), -1))
+    per_slot = kv_grid.blocks_per_segment
+    tokens = kv_grid.segment_tokens
+    for segment, slot in enumerate(open_slots.tolist()):
+        own = slice(segment * tokens, (segment + 1) * tokens)
+        keys[:, slot, :tokens] = k[:, own]
+        values[:, slot, :tokens] = v[:, own]
+        pooled_keys[:, :, slot * per_slot : (slot + 1) * per_slot] = pooled[:, :, segment]
+    return q, pool_blocks(q, q_grid, padded=False)
 
 
 def merge_parts(

@@ -117,12 +117,15 @@ def _take_best(keys, k):
     do_not_specialize=[
         "num_q", "num_segments", "blocks_per_segment", "keep_candidates", "top_k"
     ],
-    do_not_specialize_on_alignment=["scores", "roles", "own_blocks", "kv_indices", "kv_counts"],
+    do_not_specialize_on_alignment=[
+        "scores", "roles", "own_blocks", "limits", "kv_indices", "kv_counts"
+    ],
 )  # fmt: skip
 def select_blocks_kernel(
     scores,  # [B, H, NQ, NK]
     roles,  # [segments]
     own_blocks,  # [NQ]
+    limits,  # [2], instead of keep_candidates and of the budget
     kv_indices,  # [B, H, NQ, top_k]
     kv_counts,  # [B, H, NQ]
     num_q,
@@ -131,11 +134,16 @@ def select_blocks_kernel(
     keep_candidates,
     top_k,
     HAS_OWN: tl.constexpr,
+    HAS_LIMITS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """The list of one query block."""
     row = tl.program_id(0)
+    budget = top_k
+    if HAS_LIMITS:
+        keep_candidates = tl.load(limits)
+        budget = tl.minimum(tl.load(limits + 1), top_k)
     segment_ids = tl.arange(0, SEGMENTS)
     blocks = tl.arange(0, BLOCKS)
     in_segment = (blocks < blocks_per_segment)[None, :]
@@ -162,7 +170,7 @@ def select_blocks_kernel(
         own_role = tl.load(roles + own_segment, mask=is_block, other=0)
         own_entry = own_segment * BLOCKS + own % blocks_per_segment
         keys = tl.where((entries == own_entry) & (own_role != 0), 0xFFFFFFFF, keys)
-    taken, places, count = _take_best(keys, top_k)
+    taken, places, count = _take_best(keys, budget)
     kv_indices += row.to(tl.int64) * top_k
     # Made anew: ids kept through the search would cost registers.
     ids = (entries // BLOCKS) * blocks_per_segment + entries % BLOCKS
@@ -181,6 +189,7 @@ def select_blocks_triton(
     keep_candidates: int,
     top_k: int,
     own_blocks: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.select_blocks` in two launches; see there for the rule.
 
@@ -191,13 +200,13 @@ def select_blocks_triton(
     Raises:
         ValueError: shapes, types or strides that the kernels cannot do, with what they can.
     """
-    check_selection(pooled_q, pooled_k, blocks_per_segment, roles, top_k, own_blocks)
+    check_selection(pooled_q, pooled_k, blocks_per_segment, roles, top_k, own_blocks, limits)
     check_tensors({"pooled_q": pooled_q, "pooled_k": pooled_k})
     if pooled_q.dtype != torch.float32:
         raise ValueError(f"pooled_q and pooled_k must be float32, got {pooled_q.dtype}")
     device = pooled_q.device
     roles = torch.as_tensor(roles, dtype=torch.int32, device=device)
-    for name, x in (("roles", roles), ("own_blocks", own_blocks)):
+    for name, x in (("roles", roles), ("own_blocks", own_blocks), ("limits", limits)):
         if x is not None and (x.dtype != torch.int32 or x.device != device):
             raise ValueError(f"{name} must be int32 on {device}, got {x.dtype} on {x.device}")
     batch, heads, num_q, _ = pooled_q.shape
@@ -219,7 +228,14 @@ def select_blocks_triton(
     if num_k:
         plan_scores(pooled_q, pooled_k, scores).run()
     plan_selection(
-        scores, roles, kv_indices, kv_counts, blocks_per_segment, keep_candidates, own_blocks
+        scores,
+        roles,
+        kv_indices,
+        kv_counts,
+        blocks_per_segment,
+        keep_candidates,
+        own_blocks,
+        limits,
     ).run()
     return kv_indices, kv_counts
 
@@ -253,6 +269,7 @@ def plan_selection(
     blocks_per_segment: int,
     keep_candidates: int,
     own_blocks: Tensor | None,
+    limits: Tensor | None = None,
 ) -> Launch:
     """The second launch, for arguments that have been checked."""
     tile_segments, tile_blocks = _tile(len(roles), blocks_per_segment)
@@ -260,6 +277,7 @@ def plan_selection(
         "scores": scores,
         "roles": roles.contiguous(),
         "own_blocks": roles if own_blocks is None else own_blocks.contiguous(),
+        "limits": roles if limits is None else limits,
         "kv_indices": kv_indices,
         "kv_counts": kv_counts,
         "num_q": scores.shape[2],
@@ -268,6 +286,7 @@ def plan_selection(
         "keep_candidates": keep_candidates,
         "top_k": kv_indices.shape[3],
         "HAS_OWN": own_blocks is not None,
+        "HAS_LIMITS": limits is not None,
         "SEGMENTS": tile_segments,
         "BLOCKS": tile_blocks,
     }

@@ -189,6 +189,23 @@ def test_roles_may_be_a_tensor(select, device: torch.device) -> None:
 
 
 @IMPLEMENTATIONS
+@pytest.mark.parametrize("budget", [1, 4, 7, 20])
+def test_limits_on_the_device_overrule_numbers(select, budget: int, device: torch.device) -> None:
+    """And slots that hold nothing yet change no choice: a graph may see a whole cache."""
+    q, k = torch.randn(1, 2, 3, 8, device=device), torch.randn(1, 2, 12, 8, device=device)
+    rule = {"blocks_per_segment": 3, "keep_candidates": 1, "roles": [1, 2, 2, 1]}
+    small, counts = select(q, k, **rule, top_k=budget)
+    later = torch.cat([k, torch.full((1, 2, 6, 8), math.inf, device=device)], 2)
+    whole = rule | {"keep_candidates": 99, "roles": [1, 2, 2, 1, 0, 0]}
+    limits = torch.tensor([1, budget], dtype=torch.int32, device=device)
+    wide, wide_counts = select(q, later, **whole, top_k=25, limits=limits)
+    assert wide.shape[3] == 25 and (wide[..., budget:] == -1).all()
+    assert torch.equal(wide[..., :budget], small) and torch.equal(wide_counts, counts)
+    narrow, _ = select(q, later, **whole, top_k=3, limits=limits)
+    assert narrow.shape[3] == 3
+
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize(
     "change, message",
     [
