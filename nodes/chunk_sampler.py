@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adapter.sampler import NOISE_RULES, ChunkSampler, ChunkSettings, steps_of
 from .following import watch_live
-from .schema import node_schema
+from .schema import check_choices, node_schema
 
 # Inputs that the nodes which sample share, and what they come to.
 
@@ -115,6 +115,10 @@ class ChunkSamplerNode(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             search_aliases=["self forcing sampler", "ar sampler", "autoregressive", "causal video"],
         )
+
+    @classmethod
+    def validate_inputs(cls, noise_rule: str | None = None) -> bool | str:
+        return check_choices(cls, noise_rule=noise_rule)
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:

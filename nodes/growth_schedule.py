@@ -10,7 +10,7 @@ from ..lightforcing_core.layout import FrameSize, latent_frames
 from ..lightforcing_core.schedule import schedule_report
 from ..lightforcing_core.schedule_plot import draw_schedule
 from ..lightforcing_core.sparse_settings import default_block_tokens, make_schedule
-from .schema import node_schema
+from .schema import check_choices, node_schema
 
 
 class GrowthSchedule(io.ComfyNode):
@@ -102,6 +102,10 @@ class GrowthSchedule(io.ComfyNode):
             is_output_node=True,
             search_aliases=["sparsity curve", "growth plot", "chunk aware growth"],
         )
+
+    @classmethod
+    def validate_inputs(cls, schedule: str | None = None) -> bool | str:
+        return check_choices(cls, schedule=schedule)
 
     @classmethod
     def execute(

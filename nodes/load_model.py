@@ -14,7 +14,7 @@ from ..lightforcing_core.checkpoints.families import FAMILIES
 from ..lightforcing_core.embedded import EMBEDDED_MODEL
 from .adapter.embedded import OwnPart, embedded_clip, embedded_vae
 from .adapter.loading import ModelRequest, load_model
-from .schema import node_schema
+from .schema import check_choices, node_schema
 
 log = logging.getLogger("lightforcing")
 
@@ -97,6 +97,22 @@ class LoadModel(io.ComfyNode):
                 ),
             ],
             search_aliases=["self forcing", "causal forcing", "longlive", "wan autoregressive"],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        model_name: str | None = None,
+        family: str | None = None,
+        weight_dtype: str | None = None,
+        lora: str | None = None,
+    ) -> bool | str:
+        return check_choices(
+            cls,
+            model_name=model_name,
+            family=family,
+            weight_dtype=weight_dtype,
+            lora=lora,
         )
 
     @classmethod

@@ -20,7 +20,7 @@ from ..lightforcing_core.sparse_settings import (
 )
 from .adapter.options import SparseChoice
 from .adapter.patching import patch_model
-from .schema import node_schema
+from .schema import check_choices, node_schema
 
 PRESETS = ("custom", "5 seconds", "long video", "Hopper GPU")
 _PLAN_STEPS: dict[str, tuple[int, ...] | None] = {
@@ -290,6 +290,26 @@ class SparseAttention(io.ComfyNode):
             outputs=[io.Model.Output(display_name="MODEL")],
             hidden=[io.Hidden.unique_id],
             search_aliases=["sparse attention", "block sparse", "light forcing", "faster wan"],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        preset: str | None = None,
+        schedule: str | None = None,
+        policy: str | None = None,
+        block_size: str | None = None,
+        plan: str | None = None,
+        backend: str | None = None,
+    ) -> bool | str:
+        return check_choices(
+            cls,
+            preset=preset,
+            schedule=schedule,
+            policy=policy,
+            block_size=block_size,
+            plan=plan,
+            backend=backend,
         )
 
     @classmethod

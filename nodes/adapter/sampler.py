@@ -61,6 +61,10 @@ class ChunkSettings:
     noise: str = "seeded"
     initial_latent: Tensor | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        if self.noise not in NOISE_RULES:
+            raise UserError(f"no noise rule '{self.noise}'; choose one of {', '.join(NOISE_RULES)}")
+
 
 @dataclass(frozen=True)
 class RunInfo:

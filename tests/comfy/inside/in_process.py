@@ -1,0 +1,717 @@
+"""Claims about our nodes in ComfyUI's own process; `test_inside.py` starts it.
+
+COMFYUI_PATH is its tree, COMFY_BASE a base folder with the pack and the tiny files of conftest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import importlib
+import os
+import sys
+from pathlib import Path
+
+TREE, BASE = os.environ["COMFYUI_PATH"], Path(os.environ["COMFY_BASE"])
+sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]
+sys.path.insert(0, TREE)
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+importlib.import_module("utils.extra_config")  # first, or `utils` becomes another module
+host_nodes = importlib.import_module("nodes")
+
+import comfy.model_management  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_grad_enabled(False)
+torch.set_num_threads(1)
+PACK = BASE / "custom_nodes" / "comfyui-light-forcing"
+assert asyncio.run(host_nodes.load_custom_node(str(PACK)))
+NODES = {k: v for k, v in host_nodes.NODE_CLASS_MAPPINGS.items() if k.startswith("LightForcing")}
+PACKAGE = NODES["LightForcingLoadModel"].__module__.rsplit(".nodes", 1)[0]
+
+
+def ours(name: str):
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+sampling = ours("nodes.adapter.sampler")
+options = ours("nodes.adapter.options")
+patching = ours("nodes.adapter.patching")
+sparse_node = ours("nodes.sparse_attention")
+core = ours("lightforcing_core.rollout")
+UserError = ours("lightforcing_core.errors").UserError
+Interrupted = comfy.model_management.InterruptProcessingException
+
+PROMPT = "a large red circle moves right quickly over a checkered slate background"
+FRAMES, LATENT = 9, (8, 16)  # half the size the model is made for: twice as fast to test
+
+
+def run_node(name: str, **inputs):
+    """Outputs of a node, inputs left out at their defaults."""
+    cls = NODES[f"LightForcing{name}"]
+    defaults = {
+        w.id: w.default
+        for w in cls.define_schema().inputs
+        if hasattr(w, "default") and not w.optional
+    }
+    return cls.execute(**{**defaults, **inputs}).result
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return run_node("LoadModel")
+
+
+@pytest.fixture(scope="module")
+def model(loaded):
+    return loaded[0]
+
+
+@pytest.fixture(scope="module")
+def prompt(loaded):
+    clip = loaded[1]
+    return clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
+
+
+def sigmas_of(model, steps: int = 4):
+    return comfy.samplers.calculate_sigmas(
+        model.get_model_object("model_sampling"), "simple", steps
+    )
+
+
+def sample(
+    model, prompt, *, seed=0, frames=FRAMES, watch=None, callback=None, steps=4, start=None, **own
+):
+    """Normalised latents of the chunk sampler under a guider, as SamplerCustomAdvanced does it."""
+    shape = (1, 16, frames, *LATENT)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": prompt})
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    sampler = sampling.ChunkSampler(sampling.ChunkSettings(**own), watch)
+    latent = torch.zeros(shape) if start is None else start
+    sigmas = sigmas_of(model, steps)
+    out = guider.sample(noise, latent, sampler, sigmas, callback=callback, seed=seed)
+    return model.model.process_latent_in(out)
+
+
+def engine(model, prompt, *, tree=None, seed=0, sparse=None, frames=FRAMES, given=None):
+    """The same video from the core's engine alone."""
+    tree = model.model.diffusion_model if tree is None else tree
+    steps = tuple(1000 * float(s) for s in sigmas_of(model)[:-1])
+    settings = core.RolloutSettings(frames, 3, steps, sparse=sparse)
+    text = ours("lightforcing_core.wan.forward").prepare_text(tree, prompt[0][0].float())
+    noise = ours("lightforcing_core.noise").SeededNoise(seed, (1, 16, *LATENT))
+    chunks = core.rollout(tree, settings, text, noise, given_latents=given)
+    return torch.cat([chunk.latents for chunk in chunks], dim=2)
+
+
+def error(a, b) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def settings_of(**values):
+    return sparse_node.read_settings(values)[0]
+
+
+def with_sparsity(model, enabled=True, **values):
+    values = {"target_sparsity": 0.6, "base_sparsity": 0.8, **values}
+    choice = options.SparseChoice("7", settings_of(**values), enabled)
+    return patching.patch_model(model, choice)
+
+
+def caches_alive() -> int:
+    gc.collect()
+    return sum(type(thing).__name__ == "KVCache" for thing in gc.get_objects())
+
+
+# ---- the sampler and the engine
+
+
+def test_latents_are_those_of_the_engine(model, prompt):
+    """For the same seed: over ComfyUI's own modules, and over the core's with its own loader."""
+    load = ours("lightforcing_core.checkpoints.load").load_model
+    embedded = ours("lightforcing_core.embedded").EMBEDDED_MODEL
+    tree = load(embedded, dtype=torch.float32).tree
+    latents = sample(model, prompt)
+    assert error(latents, engine(model, prompt)) < 1e-5
+    assert error(latents, engine(model, prompt, tree=tree)) < 1e-5
+    assert error(latents, engine(model, prompt, seed=1)) > 0.1
+
+
+def test_sparse_latents_are_those_of_the_engine(model, prompt):
+    sparse = with_sparsity(model)
+    settings = options.sparse_of(sparse.model_options["transformer_options"]).settings
+    latents = sample(sparse, prompt)
+    assert error(latents, engine(model, prompt, sparse=settings)) < 1e-4
+    assert error(latents, engine(model, prompt)) > 1e-3
+
+
+def test_two_runs_in_a_row_are_equal(model, prompt):
+    for used in (model, with_sparsity(model)):
+        assert torch.equal(sample(used, prompt), sample(used, prompt))
+
+
+def test_any_loader_will_do(prompt):
+    """ComfyUI's own Load Diffusion Model gives the same video, under the same shift."""
+    path = BASE / "models" / "diffusion_models" / "tiny_causal_wan.safetensors"
+    mine = run_node("LoadModel", model_name=path.name)[0]
+    stock = comfy.sd.load_diffusion_model(str(path))
+    shifted = stock.clone()
+    shifted.add_object_patch("model_sampling", mine.get_model_object("model_sampling"))
+    assert torch.equal(sample(mine, prompt), sample(shifted, prompt))
+    sparse = [sample(with_sparsity(m), prompt) for m in (mine, shifted)]
+    assert torch.equal(*sparse)
+
+
+def test_a_raw_training_file_is_the_same_model(prompt):
+    raw = run_node("LoadModel", model_name="self_forcing_tiny.pt")[0]
+    clean = run_node("LoadModel", model_name="tiny_wan.safetensors", family="self_forcing")[0]
+    assert torch.equal(sample(raw, prompt), sample(clean, prompt))
+
+
+def test_the_file_says_how_to_sample(prompt):
+    """A family's chunk length, window and sink hold unless the sampler's own are set."""
+    model = run_node("LoadModel", model_name="tiny_wan.safetensors", family="reward_forcing")[0]
+    explicit = {"frames_per_chunk": 3, "window_frames": 9, "sink_frames": 3}
+    by_file = sample(model, prompt, frames=15)
+    assert torch.equal(by_file, sample(model, prompt, frames=15, **explicit))
+    assert not torch.equal(by_file, sample(model, prompt, frames=15, window_frames=-1))
+    assert float(model.get_model_object("model_sampling").shift) == 5.0
+
+
+def test_lora_loaders_act(model, prompt):
+    weight = "blocks.0.ffn.0.weight"
+    shape = dict(model.model.diffusion_model.named_parameters())[weight].shape
+    lora = {"diffusion_model.blocks.0.ffn.0.diff": 0.05 * torch.randn(shape)}
+    changed, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    plain = sample(model, prompt)
+    assert error(sample(changed, prompt), plain) > 1e-2
+    assert torch.equal(sample(model, prompt), plain)
+
+
+def test_weights_and_arithmetic_may_be_narrow(model, prompt):
+    """Eight-bit weights are widened for computing; computing in bfloat16 stays near float32."""
+    wide = sample(model, prompt)
+    for name in ("bfloat16", "fp8_e4m3fn"):
+        narrow = run_node("LoadModel", weight_dtype=name)[0]
+        assert narrow.model.get_dtype() == getattr(torch, name.replace("fp8", "float8"))
+        assert error(sample(narrow, prompt), wide) < 0.5
+    cast = model.clone()
+    cast.set_model_compute_dtype(torch.bfloat16)
+    assert 0 < error(sample(cast, prompt), wide) < 0.2
+
+
+# ---- nothing is left behind
+
+
+def test_bypassing_restores_stock_behaviour(model, prompt):
+    """The MODEL before the node is untouched, and the one after it samples as before elsewhere."""
+
+    def euler(used):
+        guider = comfy.samplers.CFGGuider(used)
+        guider.inner_set_conds({"positive": prompt})
+        noise = torch.randn((1, 16, 3, *LATENT), generator=torch.Generator().manual_seed(1))
+        sampler = comfy.samplers.ksampler("euler")
+        return guider.sample(
+            noise, torch.zeros_like(noise), sampler, sigmas_of(used), seed=1, disable_pbar=True
+        )
+
+    before, dense = euler(model), sample(model, prompt)
+    patched = with_sparsity(model)
+    assert not torch.equal(sample(patched, prompt), dense)
+    assert torch.equal(euler(patched), before)
+    assert torch.equal(euler(model), before) and torch.equal(sample(model, prompt), dense)
+    assert "diffusion_model.forward" not in model.object_patches
+    assert options.sparse_of(model.model_options["transformer_options"]) is None
+
+
+def test_switched_off_is_dense_bit_for_bit(model, prompt):
+    assert torch.equal(sample(with_sparsity(model, enabled=False), prompt), sample(model, prompt))
+
+
+def test_nothing_survives_a_run(model, prompt):
+    before = repr(model.model_options)
+    sample(with_sparsity(model), prompt)
+    sample(model, prompt)
+    assert caches_alive() == 0
+    assert repr(model.model_options) == before
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_an_interrupted_run_frees_its_memory(model, prompt, step):
+    expected = sample(model, prompt)
+
+    def stop(done, clean, noisy, total):
+        if done == step:
+            comfy.model_management.interrupt_current_processing()
+
+    with pytest.raises(Interrupted):
+        sample(model, prompt, callback=stop)
+    assert caches_alive() == 0
+    assert torch.equal(sample(model, prompt), expected)
+
+
+def test_a_failed_run_frees_its_memory(model, prompt):
+    def fail(done, clean, noisy, total):
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        sample(model, prompt, callback=fail)
+    assert caches_alive() == 0
+
+
+# ---- watching and changing a run
+
+
+class Watcher:
+    """Follows a run, and answers with the settings of each chunk."""
+
+    def __init__(self, answers=None):
+        self.answers = answers or {}
+        self.asked, self.done, self.left = [], [], False
+
+    @contextlib.contextmanager
+    def __call__(self, info):
+        self.info = info
+        try:
+            yield self
+        finally:
+            self.left = True
+
+    def settings_for_chunk(self, chunk):
+        self.asked.append(chunk)
+        return self.answers.get(chunk, self.info.choice.settings)
+
+    def chunk_done(self, chunk):
+        self.done.append(chunk)
+
+
+def test_a_watcher_gets_every_chunk_and_changes_the_next(model, prompt):
+    other = settings_of(target_sparsity=0.3, base_sparsity=0.5)
+    watcher = Watcher({2: other, 3: None})
+    latents = sample(with_sparsity(model), prompt, frames=15, watch=watcher)
+    assert watcher.asked == [0, 1, 2, 3, 4] and watcher.left
+    assert error(torch.cat([c.latents for c in watcher.done], dim=2), latents) < 1e-6
+    assert watcher.info.timeline.chunk_frames == (3,) * 5
+    sparsity = [chunk.statistics.sparsity for chunk in watcher.done]
+    plain = Watcher()
+    sample(with_sparsity(model), prompt, frames=15, watch=plain)
+    unchanged = [chunk.statistics.sparsity for chunk in plain.done]
+    assert sparsity[:2] == unchanged[:2] and sparsity[4] == unchanged[4]
+    assert 0 < sparsity[2] < unchanged[2] and sparsity[3] == 0
+    for before, after in zip(plain.done[:2], watcher.done[:2], strict=True):
+        assert torch.equal(before.latents, after.latents)
+
+
+def test_sparse_attention_can_be_switched_on_in_mid_run(model, prompt):
+    off = with_sparsity(model, enabled=False)
+    choice = options.sparse_of(off.model_options["transformer_options"])
+    watcher = Watcher({0: None, 1: None, 2: choice.settings})
+    sample(off, prompt, watch=watcher)
+    assert [chunk.statistics.density == 1 for chunk in watcher.done] == [True, True, False]
+
+
+def test_a_watcher_is_left_when_a_run_fails(model, prompt):
+    watcher = Watcher()
+
+    def fail(*step):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        sample(with_sparsity(model), prompt, watch=watcher, callback=fail)
+    assert watcher.left
+
+
+def test_progress_counts_every_step_of_the_video(model, prompt):
+    seen = []
+    latents = sample(model, prompt, callback=lambda *step: seen.append(step))
+    assert [step[0] for step in seen] == [*range(12), 11]
+    assert {step[3] for step in seen} == {12}
+    # The last one is the whole video, for SamplerCustomAdvanced's second output.
+    assert error(seen[-1][1], latents) < 1e-6
+
+
+def test_nodes_can_sample_without_a_guider_of_their_own(model, prompt):
+    watcher = Watcher()
+    latents = sampling.sample_chunks(
+        with_sparsity(model),
+        prompt,
+        sigmas_of(model),
+        sampling.ChunkSettings(),
+        seed=0,
+        latent_image=torch.zeros(1, 16, FRAMES, *LATENT),
+        watch=watcher,
+    )
+    assert torch.equal(model.model.process_latent_in(latents), sample(with_sparsity(model), prompt))
+    assert len(watcher.done) == 3
+
+
+# ---- what the sampler honours
+
+
+def test_a_prompt_schedule_changes_what_comes_after(loaded, model, prompt):
+    """0.6 s are in the third latent frame: the chunk from frame 3 on is the first to change."""
+    (schedule,) = run_node(
+        "PromptSchedule", clip=loaded[1], prompts=f"0: {PROMPT}\n0.5: a blue square moves left"
+    )
+    plain, changed = sample(model, prompt), sample(model, schedule)
+    assert torch.equal(changed[:, :, :3], plain[:, :, :3])
+    assert error(changed[:, :, 3:6], plain[:, :, 3:6]) > 1e-2
+
+
+def test_a_schedule_of_one_prompt_is_that_prompt(loaded, model, prompt):
+    (schedule,) = run_node("PromptSchedule", clip=loaded[1], prompts=f"0: {PROMPT}")
+    assert torch.equal(sample(model, schedule), sample(model, prompt))
+
+
+@pytest.mark.parametrize("text", ["", "1: late", "0: a\n0: b", "2: a\n1: b"])
+def test_a_schedule_that_makes_no_sense_is_refused(loaded, text):
+    with pytest.raises(UserError, match="prompt schedule"):
+        run_node("PromptSchedule", clip=loaded[1], prompts=text)
+
+
+def test_a_video_begins_with_the_initial_latent(model, prompt):
+    """It takes the first frames, unchanged; the rest is what the engine makes of it."""
+    start = sample(model, prompt, frames=3)[:, :, :1]
+    latent = model.model.process_latent_out(start)
+    video = sample(model, prompt, initial_latent=latent)
+    assert error(video[:, :, :1], start) < 1e-6
+    expected = engine(model, prompt, frames=FRAMES - 1, given=start)
+    assert error(video[:, :, 1:], expected) < 1e-4
+
+
+def test_a_latent_image_may_be_denoised_in_part(model, prompt):
+    """With noise levels from below 1 the video starts from the latent image, near it at the end."""
+    base = sample(model, prompt, frames=3)
+    out = model.model.process_latent_out(base)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": prompt})
+    sampler = sampling.ChunkSampler(sampling.ChunkSettings())
+    noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    errors = []
+    for first in (0.3, 1.0):
+        sigmas = torch.tensor([first, 0.0])
+        latents = guider.sample(noise, out, sampler, sigmas, seed=5)
+        errors.append(error(model.model.process_latent_in(latents), base))
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_noise_rules_differ_and_repeat(model, prompt):
+    videos = {rule: sample(model, prompt, noise=rule) for rule in sampling.NOISE_RULES}
+    for rule, video in videos.items():
+        assert torch.equal(video, sample(model, prompt, noise=rule)), rule
+        others = [other for name, other in videos.items() if name != rule]
+        assert min(error(video, other) for other in others) > 0.1
+
+
+def test_the_first_chunk_may_have_its_own_noise_levels(model, prompt):
+    """Two steps for all but the first chunk, which is that of a four-step video."""
+    watcher = Watcher()
+    watcher.settings_for_chunk = lambda chunk: None
+    first = tuple(sigmas_of(model).tolist())
+    video = sample(model, prompt, steps=2, first_chunk_sigmas=first, watch=watcher)
+    assert [chunk.statistics.steps for chunk in watcher.done] == [4, 2, 2]
+    assert torch.equal(video[:, :, :3], sample(model, prompt)[:, :, :3])
+
+
+def test_wrappers_of_other_nodes_see_every_forward(model, prompt):
+    calls = []
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(args[0].shape[2])
+        return executor(*args, **kwargs)
+
+    wrapped = model.clone()
+    types = comfy.patcher_extension.WrappersMP
+    for kind in (types.APPLY_MODEL, types.DIFFUSION_MODEL):
+        wrapped.add_wrapper_with_key(kind, "test", wrapper)
+    assert torch.equal(sample(wrapped, prompt), sample(model, prompt))
+    assert calls == [3] * 2 * (3 * 4 + 2)
+
+
+# ---- what it refuses
+
+
+def refused(message, run):
+    with pytest.raises(UserError, match=message):
+        run()
+    assert caches_alive() == 0
+
+
+def test_guidance_is_refused_with_the_reason(model, prompt):
+    def run(cfg, negative):
+        guider = comfy.samplers.CFGGuider(model)
+        guider.inner_set_conds({"positive": prompt, "negative": negative})
+        guider.set_cfg(cfg)
+        shape = (1, 16, 3, *LATENT)
+        sampler = sampling.ChunkSampler(sampling.ChunkSettings())
+        guider.sample(torch.randn(shape), torch.zeros(shape), sampler, sigmas_of(model), seed=0)
+
+    refused("guidance must be 1 .* got cfg 4", lambda: run(4.0, prompt))
+    model_twice = prompt + prompt
+    refused("several prompts", lambda: sample(model, model_twice))
+
+
+@pytest.mark.parametrize(
+    ("message", "own"),
+    [
+        ("does not fit a window", {"window_frames": 2}),
+        ("fewer frames", {"initial_latent": torch.zeros(1, 16, FRAMES, *LATENT)}),
+        ("given latents must be", {"initial_latent": torch.zeros(1, 16, 1, 8, 8)}),
+        ("sink frames must be fewer", {"window_frames": 6, "sink_frames": 6}),
+        ("must fall to 0", {"first_chunk_sigmas": (1.0, 0.5)}),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(model, prompt, message, own):
+    refused(message, lambda: sample(model, prompt, **own))
+
+
+def test_a_node_that_skips_forwards_is_refused(model, prompt):
+    def skip(executor, x, *args, **kwargs):
+        return torch.zeros_like(x)
+
+    skipping = model.clone()
+    skipping.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "cache", skip)
+    refused("ran 0 times", lambda: sample(skipping, prompt))
+
+
+def test_other_models_are_refused_by_what_to_load():
+    class Other(torch.nn.Module):
+        pass
+
+    other = comfy.model_patcher.ModelPatcher(
+        torch.nn.Module(), torch.device("cpu"), torch.device("cpu")
+    )
+    other.model.diffusion_model = Other()
+    with pytest.raises(UserError, match=r"Other, not a Wan .*Self Forcing"):
+        with_sparsity(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("not_a_denoiser.safetensors", "not_a_denoiser"), ("truncated.safetensors", "truncated")],
+)
+def test_files_that_are_no_denoiser_are_refused_by_name(name, message):
+    with pytest.raises(UserError, match=message):
+        run_node("LoadModel", model_name=name)
+
+
+def test_a_checkpoint_of_ones_own_says_where_clip_and_vae_come_from():
+    _, clip, vae = run_node("LoadModel", model_name="tiny_wan.safetensors")
+    with pytest.raises(UserError, match=r"tiny_wan.*Load CLIP"):
+        clip.tokenize("a")
+    with pytest.raises(UserError, match=r"tiny_wan.*Load VAE"):
+        vae.decode(torch.zeros(1, 16, 1, 4, 4))
+
+
+# ---- VAE
+
+
+@pytest.fixture(scope="module")
+def stock_vae():
+    path = BASE / "models" / "vae" / "tiny_vae.safetensors"
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)))
+
+
+def test_streaming_is_what_cores_vae_does_at_once(stock_vae):
+    latents = torch.randn(1, 16, 6, 8, 8)
+    (pictures,) = run_node("StreamingVAEDecode", samples={"samples": latents}, vae=stock_vae)
+    assert pictures.shape == (21, 64, 64, 3)
+    assert torch.allclose(pictures, stock_vae.decode(latents)[0], atol=1e-4)
+    (encoded,) = run_node("StreamingVAEEncode", pixels=pictures, vae=stock_vae)
+    assert error(encoded["samples"], stock_vae.encode(pictures)) < 1e-3
+
+
+def test_the_embedded_vae_answers_core_nodes(loaded, model, prompt):
+    vae = loaded[2]
+    latents = model.model.process_latent_out(sample(model, prompt))
+    pictures = host_nodes.VAEDecode().decode(vae, {"samples": latents})[0]
+    (streamed,) = run_node("StreamingVAEDecode", samples={"samples": latents}, vae=vae)
+    assert pictures.shape == (33, 64, 128, 3) and torch.equal(pictures, streamed)
+    tiled = host_nodes.VAEDecodeTiled().decode(vae, {"samples": latents}, 512, 64, 64, 8)[0]
+    assert torch.equal(tiled, pictures)
+    one = host_nodes.VAEEncode().encode(vae, pictures[:1])[0]["samples"]
+    assert one.shape == (1, 16, 1, *LATENT)
+
+
+def test_the_embedded_vae_gives_back_what_it_was_given(loaded):
+    pictures = torch.full((9, 128, 256, 3), 0.5)
+    pictures[:, 40:90, 100:160] = torch.tensor([0.9, 0.2, 0.1])
+    latent = host_nodes.VAEEncode().encode(loaded[2], pictures)[0]
+    assert latent["samples"].shape == (1, 16, 3, 16, 32)
+    assert (host_nodes.VAEDecode().decode(loaded[2], latent)[0] - pictures).abs().mean() < 0.05
+
+
+def test_the_embedded_clip_answers_core_nodes(loaded):
+    clip = loaded[1]
+    encode = host_nodes.CLIPTextEncode().encode
+    red, blue = (encode(clip, f"a {color} circle")[0][0][0] for color in ("red", "blue"))
+    assert red.shape == (1, 512, 4096) and not torch.equal(red, blue)
+    assert torch.equal(red, encode(clip.clone(), "a red circle")[0][0][0])
+
+
+def test_a_vae_for_other_latents_is_refused():
+    class Empty:
+        first_stage_model = torch.nn.Linear(1, 1)
+
+    with pytest.raises(UserError, match=r"not for Wan 2.1 .* Load VAE"):
+        run_node("StreamingVAEDecode", samples={"samples": torch.zeros(1, 16, 1, 4, 4)}, vae=Empty)
+
+
+# ---- ComfyUI's own autoregressive sampler
+
+
+class NativeLoop:
+    """The protocol of SamplerARVideo as a sampler: caches in `ar_state`, rewinds, clean passes."""
+
+    def __init__(self, frames_per_chunk: int, given=None) -> None:
+        self.frames_per_chunk, self.given = frames_per_chunk, given
+
+    def max_denoise(self, *args):
+        return True
+
+    def sample(self, guider, sigmas, extra_args, callback, noise, *args):
+        tree = guider.inner_model.diffusion_model
+        batch, _, frames, height, width = noise.shape
+        tokens = height * width // 4
+        head_dim = tree.dim // tree.num_heads
+        shape = (batch, frames * tokens, tree.num_heads, head_dim)
+        caches = [{"k": torch.zeros(shape), "v": torch.zeros(shape), "end": 0} for _ in tree.blocks]
+        transformer = extra_args["model_options"]["transformer_options"]
+        out = torch.zeros_like(noise)
+
+        def call(x, sigma, start):
+            transformer["ar_state"] = {
+                "start_frame": start,
+                "kv_caches": caches,
+                "crossattn_caches": [{} for _ in tree.blocks],
+            }
+            return guider(x, torch.full((batch,), float(sigma)), **extra_args)
+
+        first = 0
+        if self.given is not None:
+            transformer["ar_config"] = {"initial_latent": self.given}
+            first = self.given.shape[2]
+            out[:, :, :first] = self.given
+            call(self.given, 0, 0)
+        for chunk, start in enumerate(range(first, frames, self.frames_per_chunk)):
+            x = noise[:, :, start : start + self.frames_per_chunk]
+            for i, sigma in enumerate(sigmas[:-1]):
+                clean = call(x, sigma, start)
+                if sigmas[i + 1] > 0:
+                    generator = torch.Generator().manual_seed(extra_args["seed"] + 1000 * chunk + i)
+                    fresh = torch.randn(x.shape, generator=generator)
+                    x = (1 - sigmas[i + 1]) * clean + sigmas[i + 1] * fresh
+            out[:, :, start : start + self.frames_per_chunk] = clean
+            call(clean, 0, start)
+        self.run = caches[0].get("lightforcing_run")
+        return out
+
+
+def native(model, prompt, given=None):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": prompt})
+    noise = torch.randn((1, 16, FRAMES, *LATENT), generator=torch.Generator().manual_seed(0))
+    loop = NativeLoop(3, given)
+    out = guider.sample(noise, torch.zeros_like(noise), loop, sigmas_of(model), seed=0)
+    return model.model.process_latent_in(out), loop
+
+
+def test_the_native_sampler_gets_the_same_sparse_video(model, prompt):
+    """Its protocol, over our cache: the video of our sampler under its noise rule."""
+    sparse = with_sparsity(model)
+    video, loop = native(sparse, prompt)
+    assert error(video, sample(sparse, prompt, noise="native")) < 1e-4
+    assert error(video, sample(model, prompt, noise="native")) > 1e-3
+    assert loop.run is not None
+    del loop
+    assert caches_alive() == 0
+
+
+def test_the_native_sampler_continues_from_a_picture(model, prompt):
+    sparse = with_sparsity(model)
+    start = sample(model, prompt, frames=3)[:, :, :1]
+    video, loop = native(sparse, prompt, given=start)
+    latent = model.model.process_latent_out(start)
+    expected = sample(sparse, prompt, noise="native", initial_latent=latent)
+    assert error(video, expected) < 1e-4
+    assert loop.run is not None
+
+
+def test_the_native_sampler_is_left_alone_when_switched_off(model, prompt):
+    _, loop = native(with_sparsity(model, enabled=False), prompt)
+    assert loop.run is None
+
+
+def test_comfyuis_own_sampler_agrees(prompt):
+    """SamplerARVideo itself, with the causal class: dense as ours, and sparse as ours."""
+    if "ar_video" not in comfy.samplers.KSAMPLER_NAMES and not hasattr(
+        comfy.k_diffusion.sampling, "sample_ar_video"
+    ):
+        pytest.skip("this ComfyUI has no SamplerARVideo (0.21 and newer have)")
+    path = BASE / "models" / "diffusion_models" / "tiny_causal_wan.safetensors"
+    model = comfy.sd.load_diffusion_model(str(path))
+    assert type(model.model.diffusion_model).__name__ == "CausalWanModel"
+
+    def run(used):
+        guider = comfy.samplers.CFGGuider(used)
+        guider.inner_set_conds({"positive": prompt})
+        noise = torch.randn((1, 16, FRAMES, *LATENT), generator=torch.Generator().manual_seed(0))
+        sampler = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 3})
+        out = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas_of(used), seed=0)
+        return used.model.process_latent_in(out)
+
+    dense, sparse = run(model), run(with_sparsity(model))
+    assert error(dense, sample(model, prompt, noise="native")) < 1e-3
+    assert error(sparse, sample(with_sparsity(model), prompt, noise="native")) < 1e-3
+    assert error(sparse, dense) > 1e-4
+    assert torch.equal(run(model), dense)
+
+
+# ---- what a page sends
+
+
+def test_values_of_a_page_become_settings():
+    settings, enabled = sparse_node.read_settings(
+        {"target_sparsity": 0.5, "base_sparsity": 0.7, "enabled": False, "model": "ignored"}
+    )
+    assert (settings.schedule.target, settings.schedule.base, enabled) == (0.5, 0.7, False)
+    assert settings == settings_of(target_sparsity=0.5, base_sparsity=0.7)
+
+
+def test_presets_overrule_the_sliders():
+    long = settings_of(preset="long video", target_sparsity=0.1, keep_frames=50)
+    assert (long.schedule.target, long.policy.keep_frames) == (0.85, 3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_sparsity": 1.0},
+        {"target_sparsity": "0.5"},
+        {"keep_frames": 1.5},
+        {"keep_frames": True},
+        {"enabled": 1},
+        {"policy": "magic"},
+        {"target_sparsity": float("nan")},
+        {"target_sparsity": 0.9, "base_sparsity": 0.5},
+        {"keep_frames": 2, "sink_frames": 2, "near_frames": 2},
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused(values):
+    with pytest.raises(UserError):
+        sparse_node.read_settings(values)
+
+
+def test_the_growth_schedule_is_a_picture_and_a_list():
+    picture, sparsities = run_node("GrowthSchedule", length=81, width=768, height=512)
+    assert picture.shape == (1, 540, 960, 3) and 0 <= picture.min() < picture.max() <= 1
+    assert len(sparsities) == 7 and sparsities[0] == 0 and sparsities == sorted(sparsities)
