@@ -390,7 +390,7 @@ def test_an_interrupt_stops_between_two_forwards(server: Any) -> None:
                 assert data["prompt_id"] == prompt_id and data["node_id"] == "sample"
                 break
             assert event not in ("execution_error", "execution_success"), data
-    assert 6 <= steps < 20
+    assert 6 <= steps < 54  # of 108
     assert torch.equal(latents(server, video_graph(seed=21)), expected)
 
 
@@ -405,7 +405,7 @@ def test_a_queue_of_three_gives_three_videos(server: Any) -> None:
 
 
 def test_memory_comes_back(server: Any) -> None:
-    """Two videos and two failures later the server is hardly larger than after the second one."""
+    """Three videos and two failures later the server is not larger by two of their caches."""
     process = psutil.Process(server.process.pid)
 
     def size_after(graph: Graph) -> int:
@@ -422,4 +422,4 @@ def test_memory_comes_back(server: Any) -> None:
         sizes.append(size_after(graph))
     for _ in range(2):
         sizes.append(size_after(_guidance()))
-    assert sizes[-1] - sizes[1] < 20 << 20, [size >> 20 for size in sizes]
+    assert sizes[-1] - sizes[0] < 60 << 20, [size >> 20 for size in sizes]
