@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .grid import BlockGrid
@@ -16,6 +17,8 @@ ROLE_CANDIDATE = 2
 """Its blocks compete if the segment is among the best `keep_candidates` of its kind."""
 ROLE_FORCED = 3
 """Its blocks are selected before all others."""
+PROJECTED_KV_TOKENS = 64
+"""Largest key block of `project_blocks` on a GPU: 128 tokens of head dim 128 spill registers."""
 
 
 def segments_of(x: Tensor, grid: BlockGrid, *, padded: bool, name: str) -> int:
@@ -42,6 +45,7 @@ def check_selection(
     top_k: int,
     own_blocks: Tensor | None,
     limits: Tensor | None,
+    out: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Shapes of `select_blocks`' arguments; reads no device memory.
 
@@ -69,6 +73,13 @@ def check_selection(
         raise ValueError(f"own_blocks must be [{pooled_q.shape[2]}], got {tuple(own_blocks.shape)}")
     if limits is not None and limits.shape != (2,):
         raise ValueError(f"limits must be [2], got {tuple(limits.shape)}")
+    rows = pooled_q.shape[:3]
+    for x, shape in zip(out or (), ((*rows, top_k), tuple(rows)), strict=False):
+        if tuple(x.shape) != shape or x.dtype != torch.int32 or not x.is_contiguous():
+            raise ValueError(
+                f"out must hold contiguous int32 tensors {(*rows, top_k)} and {tuple(rows)}, "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
 
 
 def check_attention(
@@ -80,6 +91,7 @@ def check_attention(
     q_grid: BlockGrid,
     kv_grid: BlockGrid,
     out: Tensor | None,
+    k_scales: Tensor | None = None,
 ) -> None:
     """Shapes of `block_sparse_attention`'s arguments; reads no device memory.
 
@@ -108,6 +120,39 @@ def check_attention(
     if out is not None and (out.shape != q.shape or out.dtype != q.dtype):
         raise ValueError(
             f"out must be like q, {tuple(q.shape)} {q.dtype}, got {tuple(out.shape)} {out.dtype}"
+        )
+    if (k.dtype == torch.int8) != (k_scales is not None):
+        raise ValueError(f"k_scales belong to keys of int8 and to no others, got {k.dtype}")
+    if k_scales is not None:
+        _check_scales("k_scales", k_scales, k, kv_grid)
+
+
+def check_quantisation(
+    x: Tensor, shift: Tensor, grid: BlockGrid, out: Tensor, scales: Tensor
+) -> None:
+    """Shapes and types of `quantise_blocks`' arguments; reads no device memory.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was given.
+    """
+    segments_of(x, grid, padded=True, name="x")
+    batch, _, heads, head_dim = x.shape
+    if shift.shape != (batch, heads, head_dim) or shift.dtype != torch.float32:
+        raise ValueError(
+            f"shift must be float32 {(batch, heads, head_dim)}, "
+            f"got {shift.dtype} {tuple(shift.shape)}"
+        )
+    if out.shape != x.shape or out.dtype != torch.int8:
+        raise ValueError(f"out must be int8 {tuple(x.shape)}, got {out.dtype} {tuple(out.shape)}")
+    _check_scales("scales", scales, x, grid)
+
+
+def _check_scales(name: str, scales: Tensor, keys: Tensor, grid: BlockGrid) -> None:
+    expected = keys.shape[0], keys.shape[2], keys.shape[1] // grid.block_tokens
+    if tuple(scales.shape) != expected or scales.dtype != torch.float32:
+        raise ValueError(
+            f"{name} must be float32 [B, H, blocks] = {expected}, "
+            f"got {scales.dtype} {tuple(scales.shape)}"
         )
 
 

@@ -19,6 +19,7 @@ from .checks import (
     ROLE_FORCED,
     check_attention,
     check_projection,
+    check_quantisation,
     check_selection,
     segments_of,
 )
@@ -64,6 +65,7 @@ def select_blocks(
     top_k: int,
     own_blocks: Tensor | None = None,
     limits: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the key blocks of every query block, in two stages.
 
@@ -92,6 +94,7 @@ def select_blocks(
         limits: int32 [2] on the tensors' device: keep_candidates and the number of blocks to keep
             (at most top_k), instead of the numbers given; for a captured graph, which would hold
             numbers fast.
+        out: where to write the two results; default new.
 
     Returns:
         kv_indices int32 [B, H, NQ, top_k], ascending, -1 after the last one selected, and
@@ -104,7 +107,7 @@ def select_blocks(
     released code; there masked blocks fill the list when fewer than top_k are eligible, and
     nothing is forced.
     """
-    check_selection(pooled_q, pooled_k, blocks_per_segment, roles, top_k, own_blocks, limits)
+    check_selection(pooled_q, pooled_k, blocks_per_segment, roles, top_k, own_blocks, limits, out)
     width = top_k
     if limits is not None:
         keep_candidates, top_k = limits.tolist()
@@ -134,7 +137,8 @@ def select_blocks(
     ids = torch.arange(num_blocks, device=device, dtype=torch.int32)
     ids = torch.where(selected, ids, num_blocks).sort(3).values[..., :width]
     ids = F.pad(ids, (0, width - ids.shape[3]), value=num_blocks)
-    return ids.masked_fill(ids == num_blocks, -1).contiguous(), counts
+    ids = ids.masked_fill(ids == num_blocks, -1).contiguous()
+    return (ids, counts) if out is None else (out[0].copy_(ids), out[1].copy_(counts))
 
 
 def block_sparse_attention(
@@ -148,6 +152,7 @@ def block_sparse_attention(
     kv_grid: BlockGrid,
     scale: float | None = None,
     out: Tensor | None = None,
+    k_scales: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v of each query block over the key blocks in its list.
 
@@ -163,6 +168,9 @@ def block_sparse_attention(
         kv_counts: int32 [B, H, query blocks], how many ids of the row are meant; None: all.
         scale: of the scores; default 1 / sqrt(D).
         out: where to write, like q with any strides; default new.
+        k_scales: float32 [B, H, key blocks]; then k is int8, from `quantise_blocks`, and each row
+            of q is rounded to int8 too, its largest value to 127. Sums of products of integers
+            are exact; softmax and the product with v are as ever.
 
     Returns:
         [B, Sq, H, D] in q's type; zeros where the count is 0.
@@ -170,7 +178,7 @@ def block_sparse_attention(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    check_attention(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, out)
+    check_attention(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, out, k_scales)
     batch, _, heads, head_dim = q.shape
     width, block = kv_indices.shape[3], kv_grid.block_tokens
     out = torch.empty_like(q) if out is None else out
@@ -180,6 +188,9 @@ def block_sparse_attention(
     scale = head_dim**-0.5 if scale is None else scale
 
     rows = q.unflatten(1, (-1, q_grid.segment_tokens)).to(wide)
+    if k_scales is not None:
+        levels, row_scales = _levels(rows, (-1,))
+        rows = levels * row_scales
     rows = F.pad(rows, (0, 0, 0, 0, 0, q_grid.slot_tokens - q_grid.segment_tokens))
     rows = rows.flatten(1, 2).unflatten(1, (-1, q_grid.block_tokens))
     rows = rows.permute(0, 3, 1, 2, 4) * scale  # [B, H, NQ, block, D]
@@ -203,7 +214,10 @@ def block_sparse_attention(
         some = slice(first, first + step)
         where = batch_ids, head_ids, ids[:, :, some]
         mask = is_valid[:, :, some].flatten(3)  # [B, H, some, width * block]
-        some_keys = keys[where].to(wide).flatten(3, 4)
+        some_keys = keys[where].to(wide)
+        if k_scales is not None:
+            some_keys *= k_scales[where][..., None, None]
+        some_keys = some_keys.flatten(3, 4)
         # Zero, not only masked: a padding row's NaN times a weight of 0 is NaN.
         some_values = values[where].to(wide).flatten(3, 4).masked_fill(~mask[..., None], 0)
         scores = rows[:, :, some] @ some_keys.transpose(3, 4)
@@ -306,6 +320,35 @@ def merge_parts(
     return out
 
 
+def quantise_blocks(
+    x: Tensor, shift: Tensor, grid: BlockGrid, *, out: Tensor, scales: Tensor
+) -> None:
+    """Round the blocks of some slots to int8, less a shift.
+
+    A shift that is the same for all keys of a head moves all scores of a query alike, which
+    softmax does not see; one near their mean leaves smaller values, and so finer steps.
+
+    Args:
+        x: [B, slots * slot_tokens, H, D], any strides; padding rows may hold anything (NaN too).
+        shift: float32 [B, H, D].
+        out: int8 like x; gets round((x - shift) / scale) of each block. Padding rows stay.
+        scales: float32 [B, H, blocks]; gets each block's largest |x - shift| / 127.
+
+    Raises:
+        ValueError: shapes or types that do not fit each other.
+
+    Reference: SageAttention (arXiv 2410.02367), smoothing of keys.
+    """
+    check_quantisation(x, shift, grid, out, scales)
+    tokens = grid.segment_tokens
+    rows = x.unflatten(1, (-1, grid.slot_tokens))[:, :, :tokens].to(_wide(x))
+    rows = F.pad(rows - shift[:, None, None], (0, 0, 0, 0, 0, grid.slot_tokens - tokens))
+    rows = rows.unflatten(2, (grid.blocks_per_segment, grid.block_tokens))
+    levels, steps = _levels(rows, (3, 5))  # [B, slots, blocks, block, H, D], [.., 1, H, 1]
+    out.unflatten(1, (-1, grid.slot_tokens))[:, :, :tokens] = levels.flatten(2, 3)[:, :, :tokens]
+    scales.copy_(steps[:, :, :, 0, :, 0].flatten(1, 2).transpose(1, 2))
+
+
 def check_block_lists(kv_indices: Tensor, kv_counts: Tensor | None, *, num_kv_blocks: int) -> None:
     """Refuse lists that the attention functions would silently get wrong. Waits for the device.
 
@@ -349,6 +392,13 @@ def check_block_lists(kv_indices: Tensor, kv_counts: Tensor | None, *, num_kv_bl
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _levels(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """x in steps of its largest absolute value over some axes / 127, and the steps."""
+    most = x.abs().amax(axes, keepdim=True)
+    inverse = 127 / torch.where(most > 0, most, 1)
+    return (x * inverse + 0.5).floor(), most / 127
 
 
 def _nan_last(scores: Tensor) -> Tensor:

@@ -18,12 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_projection
+from .checks import PROJECTED_KV_TOKENS, check_projection
 from .grid import BlockGrid
 from .launch import Launch, check_tensors
 
-MOST_KV_TOKENS = 64
-"""Tokens of a key block; 128 of head dim 128 spill."""
 _RUNTIME = ["num_q_blocks", "num_k_blocks", "q_tokens", "kv_blocks_per_slot", "kv_tokens"]
 _RUNTIME += ["slot_rows", "num_heads", "cache_stride_b", "pooled_q_blocks", "pooled_k_blocks"]
 
@@ -171,9 +169,9 @@ def project_blocks_triton(
         ValueError: shapes, types or strides that the kernel cannot do, with what it can.
     """
     check_projection(x_q, x_k, x_v, keys, values, pooled_keys, open_slots, q_grid, kv_grid)
-    if kv_grid.block_tokens > MOST_KV_TOKENS:
+    if kv_grid.block_tokens > PROJECTED_KV_TOKENS:
         raise ValueError(
-            f"the projection kernel does key blocks of at most {MOST_KV_TOKENS} tokens, "
+            f"the projection kernel does key blocks of at most {PROJECTED_KV_TOKENS} tokens, "
             f"got {kv_grid.block_tokens}"
         )
     batch, tokens, _ = x_q.shape

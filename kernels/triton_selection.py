@@ -190,6 +190,7 @@ def select_blocks_triton(
     top_k: int,
     own_blocks: Tensor | None = None,
     limits: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.select_blocks` in two launches; see there for the rule.
 
@@ -200,7 +201,7 @@ def select_blocks_triton(
     Raises:
         ValueError: shapes, types or strides that the kernels cannot do, with what they can.
     """
-    check_selection(pooled_q, pooled_k, blocks_per_segment, roles, top_k, own_blocks, limits)
+    check_selection(pooled_q, pooled_k, blocks_per_segment, roles, top_k, own_blocks, limits, out)
     check_tensors({"pooled_q": pooled_q, "pooled_k": pooled_k})
     if pooled_q.dtype != torch.float32:
         raise ValueError(f"pooled_q and pooled_k must be float32, got {pooled_q.dtype}")
@@ -220,8 +221,11 @@ def select_blocks_triton(
             "use larger blocks or the torch reference"
         )
     rows = batch, heads, num_q
-    kv_indices = torch.empty(*rows, top_k, dtype=torch.int32, device=device)
-    kv_counts = torch.empty(rows, dtype=torch.int32, device=device)
+    if out is None:
+        kv_indices = torch.empty(*rows, top_k, dtype=torch.int32, device=device)
+        kv_counts = torch.empty(rows, dtype=torch.int32, device=device)
+    else:
+        kv_indices, kv_counts = out
     if not kv_counts.numel():
         return kv_indices, kv_counts
     scores = torch.empty(*rows, num_k, dtype=torch.float32, device=device)

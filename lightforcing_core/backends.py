@@ -32,7 +32,7 @@ _LEAST_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class AttentionBackend:
-    """The three operations of sparse attention, with the signatures of `kernels.reference`.
+    """The operations of sparse attention, with the signatures of `kernels.reference`.
 
     Attributes:
         query_block_tokens: the only query block it does; None: several.
@@ -44,6 +44,7 @@ class AttentionBackend:
     pool_blocks: Callable[..., Tensor]
     select_blocks: Callable[..., tuple[Tensor, Tensor]]
     block_sparse_attention: Callable[..., Tensor]
+    project_blocks: Callable[..., tuple[Tensor, Tensor]]
     query_block_tokens: int | None = None
     attend_variants: tuple[Callable[..., Tensor], ...] = ()
 
@@ -78,6 +79,7 @@ REFERENCE = AttentionBackend(
     reference.pool_blocks,
     reference.select_blocks,
     reference.block_sparse_attention,
+    reference.project_blocks,
 )
 
 
@@ -152,6 +154,7 @@ def _triton() -> AttentionBackend:
         ops.pool_blocks_triton,
         ops.select_blocks_triton,
         ops.block_sparse_attention_triton,
+        ops.project_blocks_triton,
         attend_variants=(ops.block_sparse_attention_triton,),
     )
 

@@ -72,7 +72,11 @@ class SeededNoise:
             key = np.array([self.seed, frame << 16 | step], dtype=np.uint64)
             generator = np.random.Generator(np.random.Philox(key=key))
             planes.append(generator.standard_normal(self.shape, dtype=np.float32))
-        return torch.from_numpy(np.stack(planes, axis=2)).to(self.device)
+        noise = torch.from_numpy(np.stack(planes, axis=2))
+        if self.device.type != "cuda":
+            return noise.to(self.device)
+        # From pinned memory the copy waits for nothing, and the host goes on.
+        return noise.pin_memory().to(self.device, non_blocking=True)
 
     def initial(self, frames: Sequence[int]) -> Tensor:
         return self._draw(frames, 0)

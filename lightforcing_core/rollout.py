@@ -19,8 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.checks import PROJECTED_KV_TOKENS
 from .attention import CachedAttention, ChunkAttention
 from .errors import Cancelled, UserError
+from .fast.attention import FastSparseAttention
+from .fast.engine import ForwardEngine
 from .kv_cache import CacheSpec, KVCache
 from .layout import chunk_lengths, context_lengths
 from .noise import NoiseSource
@@ -29,7 +32,7 @@ from .sparse import SparseAttention, sparse_backend
 from .sparse_settings import SparseSettings
 from .stopwatch import Stopwatch
 from .timesteps import SELF_FORCING_STEPS, TRAIN_TIMESTEPS, check_steps
-from .wan.forward import PositionTable, RunBlock, TextContext, position_table, wan_forward
+from .wan.forward import PositionTable, TextContext, position_table, wan_forward
 
 log = logging.getLogger("lightforcing")
 
@@ -198,7 +201,7 @@ class _Denoiser:
         attend: ChunkAttention,
         dtype: torch.dtype,
         should_stop: Callable[[], bool],
-        block_runner: RunBlock | None,
+        engine: ForwardEngine | None,
         host: ModelHost | None,
         order: Sequence[int] | None,
     ) -> None:
@@ -208,7 +211,7 @@ class _Denoiser:
         self.attend = attend
         self.dtype = dtype
         self.should_stop = should_stop
-        self.block_runner = block_runner
+        self.engine = engine
         self.host = host or self._run_model
         self.order = order
         self.forwards = 0
@@ -232,10 +235,10 @@ class _Denoiser:
         self.attend.begin_pass(step)
 
         def velocity(x: Tensor, text: TextContext) -> Tensor:
-            timesteps = torch.full((x.shape[0], x.shape[2]), timestep).to(x.device)
-            return wan_forward(
-                self.tree, x, timesteps, frames, text, self.attend, positions, self.block_runner
-            )
+            timesteps = torch.full((x.shape[0], x.shape[2]), timestep, device=x.device)
+            if self.engine is not None:
+                return self.engine(x, timesteps, frames, text, self.attend, positions)
+            return wan_forward(self.tree, x, timesteps, frames, text, self.attend, positions)
 
         return self.host(ModelCall(latents, timestep, frames, step, velocity))
 
@@ -312,15 +315,20 @@ def cache_spec(
 
 
 def _attention(
-    settings: RolloutSettings, spec: CacheSpec, device: torch.device, given_frames: int
+    settings: RolloutSettings, spec: CacheSpec, device: torch.device, given_frames: int, fast: bool
 ) -> tuple[KVCache, ChunkAttention]:
-    """The cache of a run, and the attention over it."""
+    """The cache of a run, and the attention over it; `fast`: for a `ForwardEngine`."""
     if settings.sparse is None:
         cache = KVCache(spec, device)
         return cache, CachedAttention(cache, Stopwatch(device))
     backend = sparse_backend(settings.sparse, spec, device)
     cache = KVCache(spec, device, backend.pool_blocks)
-    return cache, SparseAttention(cache, settings.sparse, settings.timeline(given_frames), backend)
+    kind = (
+        FastSparseAttention
+        if fast and spec.block_tokens <= PROJECTED_KV_TOKENS
+        else SparseAttention
+    )
+    return cache, kind(cache, settings.sparse, settings.timeline(given_frames), backend)
 
 
 @torch.no_grad()
@@ -333,7 +341,7 @@ def rollout(
     given_latents: Tensor | None = None,
     dtype: torch.dtype | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    block_runner: RunBlock | None = None,
+    engine: ForwardEngine | None = None,
     host: ModelHost | None = None,
     sparse_for_chunk: Callable[[int], SparseSettings | None] | None = None,
 ) -> Iterator[Chunk]:
@@ -349,7 +357,7 @@ def rollout(
             by clean passes and are not yielded.
         dtype: of the forwards and the cache; default: the tree's.
         should_stop: asked before every forward.
-        block_runner: runs the transformer blocks, see `wan_forward`.
+        engine: runs the forwards of this run faster, see `fast.engine`; None: as they stand.
         host: runs the forwards instead of this function, see `ModelCall`.
         sparse_for_chunk: asked before every chunk (index from 0) for its settings, None: dense.
             Needs `settings.sparse`, whose block sizes, token order and backend hold for the whole
@@ -383,7 +391,7 @@ def rollout(
         given_frames=given_frames,
     )
     spec.check_chunks([*given_lengths, *lengths])
-    cache, attend = _attention(settings, spec, device, given_frames)
+    cache, attend = _attention(settings, spec, device, given_frames, engine is not None)
     if sparse_for_chunk is not None and not isinstance(attend, SparseAttention):
         raise ValueError("settings by chunk need a run whose own settings are sparse")
     if isinstance(attend, SparseAttention):
@@ -392,7 +400,7 @@ def rollout(
     if settings.sparse is not None:
         _, patch_h, patch_w = tree.patch_size
         order = settings.sparse.frame_order(height // patch_h, width // patch_w)
-    denoiser = _Denoiser(tree, text, cache, attend, dtype, should_stop, block_runner, host, order)
+    denoiser = _Denoiser(tree, text, cache, attend, dtype, should_stop, engine, host, order)
 
     started = _synchronized_time(device)
     first = 0

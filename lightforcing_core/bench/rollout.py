@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..fast.engine import ForwardEngine
 from ..layout import FrameSize, latent_frames
 from ..noise import SeededNoise
 from ..rollout import RolloutSettings, rollout
@@ -29,7 +30,7 @@ from ..timesteps import SELF_FORCING_STEPS, TRAIN_TIMESTEPS
 from ..vae.streaming import StreamingDecoder, VideoVAE
 from ..wan.compiled import compiled_block_runner
 from ..wan.config import WanConfig
-from ..wan.forward import RunBlock, TextContext, position_table, prepare_text, wan_forward
+from ..wan.forward import TextContext, position_table, prepare_text, wan_forward
 from ..wan.modules import WanModel
 from .common import device_name, machine_facts
 from .vae import decoder_network
@@ -102,20 +103,20 @@ def _methods(
     vae: VideoVAE,
 ) -> dict[str, Callable[[], list[ChunkTimes]]]:
     """What is measured; on the CPU nothing is compiled."""
-    fast = compiled_block_runner() if device.type == "cuda" else None
 
     def ours(
-        settings: SparseSettings | None, runner: RunBlock | None
+        settings: SparseSettings | None, options: dict[str, bool] | None
     ) -> Callable[[], list[ChunkTimes]]:
-        return lambda: _ours(case, tree, text, _settings(case, settings), device, runner, vae)
+        return lambda: _ours(case, tree, text, _settings(case, settings), device, options, vae)
 
     methods: dict[str, Callable[[], list[ChunkTimes]]] = {
         "plain loop": PlainLoop(case, tree, text, device, vae),
         "dense": ours(None, None),
     }
-    if fast is not None:
-        methods["dense, compiled"] = ours(None, fast)
-        methods["sparse, compiled"] = ours(sparse, fast)
+    if device.type == "cuda":
+        methods["dense, compiled"] = ours(None, {})
+        methods["sparse, compiled"] = ours(sparse, {"graphs": False})
+        methods["sparse, compiled, graphs"] = ours(sparse, {})
     else:
         methods["sparse"] = ours(sparse, None)
     return methods
@@ -184,12 +185,14 @@ def _ours(
     text: TextContext,
     settings: RolloutSettings,
     device: torch.device,
-    runner: RunBlock | None,
+    options: dict[str, bool] | None,
     vae: VideoVAE,
 ) -> list[ChunkTimes]:
+    """Options of a `ForwardEngine`; None: without one."""
     noise, decoder = _noise(case, device), vae.new_decoder()
     result = []
-    for chunk in rollout(tree, settings, text, noise, dtype=case.dtype, block_runner=runner):
+    engine = None if options is None else ForwardEngine(tree, **options)
+    for chunk in rollout(tree, settings, text, noise, dtype=case.dtype, engine=engine):
         times = chunk.statistics
         decode = _decode_seconds(decoder, chunk.latents, case.dtype, device)
         result.append(ChunkTimes(times.denoise_seconds, times.clean_seconds, decode))

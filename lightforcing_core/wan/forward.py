@@ -260,13 +260,21 @@ def before_attention(
     sin: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a block's self-attention, each [B, F * T, H, D], rotated."""
+    attention = block.self_attn
+    x_q, x_k, x_v = projections(block, hidden, modulation)
+    q = _heads(attention.norm_q(x_q), num_heads)
+    k = _heads(attention.norm_k(x_k), num_heads)
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), _heads(x_v, num_heads)
+
+
+def projections(
+    block: nn.Module, hidden: Tensor, modulation: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a block's three linear layers make of its input, each [B, F * T, H * D]."""
     shift, scale, _ = _six(block, modulation)[:3]
     attention = block.self_attn
     normed = _modulate(block.norm1(hidden), shift, scale)
-    q = _heads(attention.norm_q(attention.q(normed)), num_heads)
-    k = _heads(attention.norm_k(attention.k(normed)), num_heads)
-    v = _heads(attention.v(normed), num_heads)
-    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+    return attention.q(normed), attention.k(normed), attention.v(normed)
 
 
 def after_attention(

@@ -1,0 +1,193 @@
+"""Sparse attention whose changing numbers lie on the device, so that a graph can hold a forward.
+
+From chunk to chunk change: the slots of the open frames, which slots may be chosen from, and how
+many blocks to keep. They lie in small tensors at fixed addresses, filled when a chunk begins;
+kernels see the whole cache, in which slots without a frame are absent. So every chunk's forward is
+the same launches with the same arguments, and `ForwardEngine` may record it once.
+
+What surrounds attention is fused here too: norm, rotary, cache write and block means are one
+launch (`kernels.reference.project_blocks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import AttentionBackend
+from ..kv_cache import KVCache
+from ..schedule import Timeline
+from ..sparse import SparseAttention, _Prepared
+from ..sparse_settings import SparseSettings
+from ..wan.forward import PositionTable
+from ..wan.rope import apply_rope
+
+
+class FastSparseAttention(SparseAttention):
+    """`SparseAttention` that takes projections instead of rotated queries and keys.
+
+    A pass whose layers share one budget and choose by score goes through fixed addresses; every
+    other pass (dense, fixed windows, budgets that differ by layer) is computed as in
+    `SparseAttention`.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        settings: SparseSettings,
+        timeline: Timeline,
+        backend: AttentionBackend,
+    ) -> None:
+        super().__init__(cache, settings, timeline, backend)
+        spec = cache.spec
+        self._roles = torch.zeros(spec.capacity_frames, dtype=torch.int32, device=self._device)
+        self._limits = torch.zeros(2, dtype=torch.int32, device=self._device)
+        self._open = torch.zeros(0, dtype=torch.int32, device=self._device)
+        self._own: Tensor | None = None
+        self._lists: list[tuple[Tensor, Tensor]] = []  # of each layer, [B, H, query blocks, width]
+        self._generation = 0  # of the addresses
+        self._is_static = False
+        self._planned: set[int] = set()  # layers whose lists are this chunk's
+        self._is_recorded = False
+
+    def begin_chunk(self, chunk: int | None) -> None:
+        super().begin_chunk(chunk)
+        self._planned.clear()
+        prepared = list(self._prepared.values())
+        self._is_static = (
+            len(prepared) == 1 and prepared[0] is not None and prepared[0].fixed is None
+        )
+        if self._is_static:
+            assert prepared[0] is not None
+            self._fill(prepared[0])
+
+    def _fill(self, prepared: _Prepared) -> None:
+        """Send a chunk's numbers to their addresses."""
+        spec, rule = self.cache.spec, prepared.rule
+        rows = spec.batch, spec.num_heads, self._q_grid.blocks_per_segment
+        width = rule.top_k
+        own = prepared.own_blocks
+        fits = bool(self._lists) and self._lists[0][1].shape == rows
+        fits = fits and self._lists[0][0].shape[3] >= width
+        fits = fits and len(self._open) == len(self.cache.open_slots)
+        if not fits or (own is None) != (self._own is None):
+            planned = [r.top_k for r in self._rules_to_come() if r is not None]
+            width = max([width, *planned])
+            self._open = torch.zeros(
+                len(self.cache.open_slots), dtype=torch.int32, device=self._device
+            )
+            self._own = None if own is None else torch.zeros_like(own)
+
+            def empty(*shape: int) -> Tensor:
+                return torch.full(shape, -1, dtype=torch.int32, device=self._device)
+
+            self._lists = [(empty(*rows, width), empty(*rows)) for _ in range(spec.num_layers)]
+            self._generation += 1
+        absent = [0] * (spec.capacity_frames - len(rule.roles))
+        self._roles.copy_(self._host([*rule.roles, *absent]), non_blocking=True)
+        self._limits.copy_(self._host([rule.keep_candidates, rule.top_k]), non_blocking=True)
+        self._open.copy_(self._host(self.cache.open_slots), non_blocking=True)
+        if own is not None and self._own is not None:
+            self._own.copy_(own)
+
+    def _host(self, numbers: Sequence[int]) -> Tensor:
+        x = torch.tensor(list(numbers), dtype=torch.int32)
+        return x.pin_memory() if self._device.type == "cuda" else x
+
+    def graph_key(self) -> Hashable | None:
+        """What tells the launches of the coming pass apart from others; None: they may change."""
+        if not self._is_static:
+            return None
+        chooses = not self._planned or self.settings.plans_anew(self._step)
+        return self._generation, chooses, self._own is not None
+
+    def record(self, recording: bool) -> None:
+        """Within a recording nothing is timed and nothing is counted; `replayed` counts."""
+        self._is_recorded = recording
+
+    def replayed(self) -> None:
+        """A recorded pass has been launched again."""
+        self._planned.update(range(self.cache.spec.num_layers))
+        self._counts += [counts for _, counts in self._lists]
+
+    @property
+    def plans(self) -> dict[int, tuple[Tensor, Tensor]]:
+        static = {layer: self._lists[layer] for layer in sorted(self._planned)}
+        return static if self._is_static else super().plans
+
+    def project(
+        self,
+        layer: int,
+        x_q: Tensor,
+        x_k: Tensor,
+        x_v: Tensor,
+        module: nn.Module,
+        positions: PositionTable,
+    ) -> Tensor:
+        """Self-attention from the linear layers' results.
+
+        Args:
+            x_q, x_k, x_v: [B, S, H * D] of the open chunk.
+            module: the block's self-attention, for its two norms.
+            positions: of the tokens.
+
+        Returns:
+            [B, S, H, D].
+        """
+        if not self._is_static:
+            heads = self.cache.spec.num_heads
+            q, k = (
+                apply_rope(norm(x).unflatten(-1, (heads, -1)), positions.cos, positions.sin)
+                for norm, x in ((module.norm_q, x_q), (module.norm_k, x_k))
+            )
+            return self(layer, q, k, x_v.unflatten(-1, (heads, -1)))
+        cache, spec = self.cache, self.cache.spec
+        with self._span("select"):
+            q, pooled_q = self._backend.project_blocks(
+                x_q,
+                x_k,
+                x_v,
+                module.norm_q.weight,
+                module.norm_k.weight,
+                module.norm_q.eps,
+                positions.cos,
+                positions.sin,
+                cache.keys[layer],
+                cache.values[layer],
+                cache.pooled_keys[layer],
+                self._open,
+                q_grid=self._q_grid,
+                kv_grid=spec.grid,
+            )
+            if layer not in self._planned or self.settings.plans_anew(self._step):
+                self._backend.select_blocks(
+                    pooled_q,
+                    cache.pooled_keys[layer],
+                    blocks_per_segment=spec.blocks_per_frame,
+                    roles=self._roles,
+                    keep_candidates=0,
+                    top_k=self._lists[layer][0].shape[3],
+                    own_blocks=self._own,
+                    limits=self._limits,
+                    out=self._lists[layer],
+                )
+        indices, counts = self._lists[layer]
+        if not self._is_recorded:
+            self._planned.add(layer)
+            self._counts.append(counts)
+        with self._span("attend"):
+            return self._backend.block_sparse_attention(
+                q,
+                cache.keys[layer].flatten(1, 2),
+                cache.values[layer].flatten(1, 2),
+                indices,
+                counts,
+                q_grid=self._q_grid,
+                kv_grid=spec.grid,
+            )
+
+    def _span(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._is_recorded else self._watch.span(name)
