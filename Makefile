@@ -1,5 +1,5 @@
 # Each command prints what it does; a second run of the same command is fast.
-.PHONY: help setup comfyui demo test lint clean train-embedded
+.PHONY: help setup comfyui browser demo test lint clean train-embedded
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make setup           create $(VENV) with torch and everything the tests need"
 	@echo "make comfyui         install a genuine ComfyUI for the tests (COMFYUI_PATH: use that one)"
+	@echo "make browser         install chromium for the tests of the page (Debian, as root)"
 	@echo "make demo            a prompt becomes output/demo.mp4 with the embedded model"
 	@echo "make lint            ruff and the import contract"
 	@echo "make test            lint and every test (tests marked gpu only where there is one)"
@@ -43,7 +44,10 @@ $(VENV)/triton36/.complete: $(STAMP)
 comfyui: setup
 	.ci/install-comfyui $(VENV)/comfyui $(BIN)/python
 
-test: lint comfyui $(VENV)/triton36/.complete
+browser: setup
+	.ci/install-browser
+
+test: lint comfyui browser $(VENV)/triton36/.complete
 	@echo "== tests"
 	$(BIN)/pytest
 

@@ -127,15 +127,7 @@ class SparseAttention:
                 run.
         """
         if settings is not None:
-            now, then = (
-                (s.query_block_tokens, s.key_block_tokens, s.token_order, s.backend)
-                for s in (self.settings, settings)
-            )
-            if now != then:
-                raise UserError(
-                    "block sizes (tokens), token order and backend of sparse attention cannot "
-                    f"change in a run that goes on: it has {now}, asked for {then}; start a new run"
-                )
+            self.settings.check_change(settings)
             self.settings = settings
         self._off = settings is None
 

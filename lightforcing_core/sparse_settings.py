@@ -16,6 +16,13 @@ from .selection import SelectionPolicy
 
 _BLOCKS_BY_DEFAULT = (64, 32, 16)
 _LEAST_BLOCKS_OF_A_FRAME = 8
+# Settings that the key/value cache is laid out for.
+_FIXED_IN_A_RUN = {
+    "query_block_tokens": "query block size",
+    "key_block_tokens": "key block size",
+    "token_order": "token order",
+    "backend": "backend",
+}
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,20 @@ class SparseSettings:
             return sparsity
         # Half a block more than asked for, so that rounding down gives what was asked for.
         return max(1 - (self.keep_blocks + 0.5) / key_blocks, 0.0)
+
+    def check_change(self, other: SparseSettings) -> None:
+        """Raise if a run with these settings cannot go on with others.
+
+        Raises:
+            UserError: other block sizes, another token order or backend.
+        """
+        for name, title in _FIXED_IN_A_RUN.items():
+            now, then = getattr(self, name), getattr(other, name)
+            if now != then:
+                raise UserError(
+                    f"the {title} cannot change while a video is being made: it is "
+                    f"{now or 'automatic'}, asked for was {then or 'automatic'}; start a new run"
+                )
 
     def frame_order(self, rows: int, columns: int) -> tuple[int, ...] | None:
         """Raster index of each token of a frame in order; None: they are in raster order."""

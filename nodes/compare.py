@@ -29,7 +29,7 @@ from .adapter.sampler import ChunkSettings, RunInfo, RunWatcher, sample_chunks
 from .adapter.video_vae import StreamingVAE, streaming_vae
 from .chunk_sampler import chunk_inputs, chunk_settings
 from .following import FRAME_RATE
-from .schema import node_schema
+from .schema import check_choices, node_schema
 from .stream import empty_video, output_path, video_inputs
 
 
@@ -83,6 +83,12 @@ class Compare(io.ComfyNode):
             is_output_node=True,
             search_aliases=["dense against sparse", "psnr", "ssim", "side by side", "benchmark"],
         )
+
+    @classmethod
+    def validate_inputs(
+        cls, noise_rule: str | None = None, layout: str | None = None
+    ) -> bool | str:
+        return check_choices(cls, noise_rule=noise_rule, layout=layout)
 
     @classmethod
     def execute(

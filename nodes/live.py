@@ -101,7 +101,7 @@ class LiveRun:
                     "this run's model has no Sparse Attention node, so it stays dense; add one "
                     "and run again"
                 )
-            _check_fixed(self._settings, settings)
+            self._settings.check_change(settings)
             self._settings, self._enabled = settings, enabled
             return self._next_chunk
 
@@ -188,20 +188,6 @@ class LiveRun:
 
     def _tell(self, event: str, data: dict[str, Any]) -> None:
         self._send(event, {"node_ids": list(self.node_ids), "run_id": self.run_id, **data})
-
-
-def _check_fixed(now: SparseSettings, then: SparseSettings) -> None:
-    for name, title in (
-        ("query_block_tokens", "query block size"),
-        ("key_block_tokens", "key block size"),
-        ("backend", "backend"),
-    ):
-        if getattr(now, name) != getattr(then, name):
-            raise UserError(
-                f"the {title} cannot change while a video is being made: it is "
-                f"{getattr(now, name) or 'automatic'}, asked for was "
-                f"{getattr(then, name) or 'automatic'}; it applies to the next run"
-            )
 
 
 class LiveRuns:

@@ -30,7 +30,7 @@ from .adapter.video_vae import as_image, streaming_vae
 from .chunk_sampler import chunk_inputs, chunk_settings
 from .following import FRAME_RATE, followed
 from .live import LiveRun
-from .schema import node_schema
+from .schema import check_choices, node_schema
 
 SELECTION = io.Custom("LIGHTFORCING_SELECTION")
 
@@ -145,6 +145,10 @@ class StreamVideo(io.ComfyNode):
             is_output_node=True,
             search_aliases=["self forcing", "real time video", "video preview", "autoregressive"],
         )
+
+    @classmethod
+    def validate_inputs(cls, noise_rule: str | None = None) -> bool | str:
+        return check_choices(cls, noise_rule=noise_rule)
 
     @classmethod
     def execute(
