@@ -5,12 +5,19 @@ needs torch alone; the module `ops` needs Triton.
 """
 
 from .grid import BlockGrid
-from .reference import block_sparse_attention, check_block_lists, pool_blocks, select_blocks
+from .reference import (
+    block_sparse_attention,
+    check_block_lists,
+    pool_blocks,
+    quantise_blocks,
+    select_blocks,
+)
 
 __all__ = [
     "BlockGrid",
     "block_sparse_attention",
     "check_block_lists",
     "pool_blocks",
+    "quantise_blocks",
     "select_blocks",
 ]

@@ -26,7 +26,15 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia import hopper as gluon_hopper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import ARCHS, BLOCK_SIZES, HEAD_DIMS, SHARED_BYTES, attention_config
+from .configs import (
+    ARCHS,
+    BLOCK_SIZES,
+    HEAD_DIMS,
+    INT8_BLOCK_SIZES,
+    SHARED_BYTES,
+    AttentionConfig,
+    attention_config,
+)
 from .gluon_attention import CONFIGS, plan_gluon
 from .grid import BlockGrid
 from .launch import Launch, is_interpreted
@@ -34,6 +42,7 @@ from .triton_attention import plan_attention
 from .triton_merge import plan_merge
 from .triton_pooling import plan_pooling
 from .triton_projection import plan_projection
+from .triton_quantisation import plan_quantisation
 from .triton_selection import plan_scores, plan_selection
 
 TUNED_WITH = "3.6."
@@ -43,6 +52,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.int32: "i32",
+    torch.int8: "i8",
 }
 _HEADS, _SEGMENTS, _TOP_K = 12, 21, 51
 
@@ -206,6 +216,44 @@ def _attention_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]
                 )
                 arguments = head_dim, q_block, kv_block, segment, config, plan_attention
                 yield name, lambda arguments=arguments: plan(*arguments)
+    yield from _int8_launches(arch)
+
+
+def _int8_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
+    def attention(
+        head_dim: int, q_block: int, kv_block: int, config: AttentionConfig
+    ) -> Launch:
+        q_grid, kv_grid = BlockGrid(1564, q_block), BlockGrid(1564, kv_block)
+        q = _meta(1, 3 * 1564, _HEADS, head_dim)
+        shape = 1, _SEGMENTS * kv_grid.slot_tokens, _HEADS, head_dim
+        k, v = _meta(*shape, dtype=torch.int8), _meta(*shape)
+        rows = 1, _HEADS, 3 * q_grid.blocks_per_segment
+        ids, counts = _meta(*rows, _TOP_K, dtype=torch.int32), _meta(*rows, dtype=torch.int32)
+        blocks = _SEGMENTS * kv_grid.blocks_per_segment
+        scales = _meta(1, _HEADS, blocks, dtype=torch.float32)
+        return plan_attention(q, k, v, ids, counts, q_grid, kv_grid, 0.1, q, config, scales)
+
+    def quantisation(head_dim: int, block: int) -> Launch:
+        grid = BlockGrid(1564, block)
+        x = _meta(1, 3 * grid.slot_tokens, _HEADS, head_dim)
+        scales = _meta(1, _HEADS, 3 * grid.blocks_per_segment, dtype=torch.float32)
+        shift = _meta(1, _HEADS, head_dim, dtype=torch.float32)
+        return plan_quantisation(x, shift, grid, _meta(*x.shape, dtype=torch.int8), scales)
+
+    for head_dim, (q_block, kv_block) in itertools.product(HEAD_DIMS, INT8_BLOCK_SIZES):
+        for allow_tma in (True, False):
+            config = attention_config(
+                arch, head_dim, q_block, kv_block, allow_tma=allow_tma, int8_keys=True
+            )
+            name = (
+                f"attention d{head_dim} q{q_block} k{kv_block} int8: "
+                f"{config.tile_m}x{config.tile_n} w{config.num_warps} "
+                f"s{config.num_stages} {'tma' if config.use_tma else 'pointers'}"
+            )
+            arguments = head_dim, q_block, kv_block, config
+            yield name, lambda arguments=arguments: attention(*arguments)
+    for head_dim, block in itertools.product(HEAD_DIMS, {kv for _, kv in INT8_BLOCK_SIZES}):
+        yield f"quantisation d{head_dim} b{block}", lambda d=head_dim, b=block: quantisation(d, b)
 
 
 def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:

@@ -19,6 +19,8 @@ BLOCK_SIZES = tuple(
     (q, kv) for q in (16, 32, 64, 128) for kv in (16, 32, 64, 128) if q >= 64 or kv < 64
 )
 """Query and key block that the attention kernel can do together."""
+INT8_BLOCK_SIZES = ((64, 64), (128, 64), (128, 128))
+"""The same where keys are int8."""
 HEAD_DIMS = (64, 128)
 
 
@@ -108,7 +110,13 @@ def table_arch(capability: int) -> int:
 
 
 def attention_config(
-    capability: int, head_dim: int, q_block: int, kv_block: int, *, allow_tma: bool = True
+    capability: int,
+    head_dim: int,
+    q_block: int,
+    kv_block: int,
+    *,
+    allow_tma: bool = True,
+    int8_keys: bool = False,
 ) -> AttentionConfig:
     """The shipped configuration of the attention kernel.
 
@@ -117,6 +125,7 @@ def attention_config(
         head_dim: one of `HEAD_DIMS`.
         q_block, kv_block: tokens of a block, a pair of `BLOCK_SIZES`.
         allow_tma: False where the strides cannot be a tensor descriptor.
+        int8_keys: blocks are then a pair of `INT8_BLOCK_SIZES`.
 
     Raises:
         ValueError: nothing is shipped for this device.

@@ -492,7 +492,7 @@ def plan_gluon(
         "HEAD_DIM": head_dim,
         "KV_BLOCK": kv_grid.block_tokens,
         "TILE": config.tile,
-        "HAS_TAIL": masks_tails(q_grid, kv_grid),
+        "HAS_TAIL": masks_tails(q_grid, kv_grid, k),
         "HAS_COUNTS": kv_counts is not None,
         "STAGES": config.stages,
     }

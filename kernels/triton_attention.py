@@ -29,15 +29,23 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .checks import check_attention
-from .configs import BLOCK_SIZES, HEAD_DIMS, AttentionConfig, attention_config
+from .configs import (
+    BLOCK_SIZES,
+    HEAD_DIMS,
+    INT8_BLOCK_SIZES,
+    AttentionConfig,
+    attention_config,
+)
 from .grid import BlockGrid
 from .launch import Launch, check_tensors, compute_capability, is_interpreted, strides
 
 _RUNTIME = ["num_heads", "num_rows", "q_segment_tokens", "q_blocks_per_segment"]
 _RUNTIME += ["kv_blocks_per_slot", "tail_tokens", "width"]
+_RUNTIME += ["k_scales_stride_b", "k_scales_stride_h"]
+_UNALIGNED = ["kv_indices", "kv_counts", "k_scales"]
 
 
-@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=["kv_indices", "kv_counts"])
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_UNALIGNED)
 def block_sparse_attention_kernel(
     q,  # pointer, or descriptor [segments, tokens, H * D] with USE_TMA
     k,  # pointer, or descriptor [slots, tokens, H * D] with USE_TMA
@@ -45,6 +53,7 @@ def block_sparse_attention_kernel(
     out,  # like q
     kv_indices,  # [B, H, NQ, width]
     kv_counts,  # [B, H, NQ]
+    k_scales,  # [B, H, key blocks], for keys of int8; else None
     q_stride_b,  # with USE_TMA the batch strides count segments and slots
     q_stride_s,
     q_stride_h,
@@ -57,6 +66,8 @@ def block_sparse_attention_kernel(
     out_stride_b,
     out_stride_s,
     out_stride_h,
+    k_scales_stride_b,
+    k_scales_stride_h,
     num_heads,
     num_rows,
     q_segment_tokens,
@@ -107,6 +118,15 @@ def block_sparse_attention_kernel(
         k_offsets = columns[None, :] * k_stride_s + dims[:, None]  # [D, BLOCK_N]
         v_offsets = columns[:, None] * v_stride_s + dims[None, :]  # [BLOCK_N, D]
 
+    out_type = b_q.dtype
+    if k_scales is not None:
+        wide_q = b_q.to(tl.float32)
+        most = tl.max(tl.abs(wide_q), 1)
+        row_scale = most / 127.0
+        inverse = 127.0 / tl.where(most > 0.0, most, 1.0)
+        b_q = tl.floor(wide_q * inverse[:, None] + 0.5).to(tl.int8)
+        k_scales += batch.to(tl.int64) * k_scales_stride_b + head.to(tl.int64) * k_scales_stride_h
+
     kv_indices += list_row.to(tl.int64) * width
     count = width
     if HAS_COUNTS:
@@ -144,6 +164,8 @@ def block_sparse_attention_kernel(
             token = block.to(tl.int64) * KV_BLOCK + part_token
             b_k = tl.load(k + token * k_stride_s + k_offsets)
         scores = tl.dot(b_q, b_k, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if k_scales is not None:
+            scores = scores.to(tl.float32) * (row_scale * tl.load(k_scales + block))[:, None]
         if HAS_TAIL:
             scores = tl.where((columns < valid)[None, :], scores, float("-inf"))
 
@@ -167,7 +189,7 @@ def block_sparse_attention_kernel(
 
     # An empty list leaves a sum of 0; its rows are zeros.
     running_sum = tl.where(running_sum == 0.0, 1.0, running_sum)
-    result = (accumulator / running_sum[:, None]).to(b_q.dtype)
+    result = (accumulator / running_sum[:, None]).to(out_type)
     if USE_TMA:
         out.store([batch * out_stride_b + segment, segment_row, at_head], result[None, :, :])
     else:
@@ -186,6 +208,7 @@ def block_sparse_attention_triton(
     kv_grid: BlockGrid,
     scale: float | None = None,
     out: Tensor | None = None,
+    k_scales: Tensor | None = None,
     config: AttentionConfig | None = None,
 ) -> Tensor:
     """`reference.block_sparse_attention` in one launch; see there for the arguments.
@@ -198,12 +221,14 @@ def block_sparse_attention_triton(
     Raises:
         ValueError: shapes, types or strides that the kernel cannot do, with what it can.
     """
-    out, scale = prepare(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, scale, out)
+    out, scale = prepare(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, scale, out, k_scales)
     head_dim = q.shape[3]
     blocks = q_grid.block_tokens, kv_grid.block_tokens
-    if blocks not in BLOCK_SIZES:
+    block_sizes = BLOCK_SIZES if k_scales is None else INT8_BLOCK_SIZES
+    if blocks not in block_sizes:
         raise ValueError(
-            f"the Triton kernel does query and key blocks of {BLOCK_SIZES} tokens, got {blocks}"
+            f"the Triton kernel does query and key blocks of {block_sizes} tokens"
+            f"{'' if k_scales is None else ' with keys of int8'}, got {blocks}"
         )
     if not q.numel() or not k.numel() or not kv_indices.shape[3]:
         return out.zero_()
@@ -215,11 +240,14 @@ def block_sparse_attention_triton(
             q_grid.block_tokens,
             kv_grid.block_tokens,
             allow_tma=obstacle is None,
+            int8_keys=k_scales is not None,
         )
     elif config.use_tma and obstacle:
         raise ValueError(f"a configuration with use_tma cannot be met: {obstacle}")
 
-    plan_attention(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, scale, out, config).run()
+    plan_attention(
+        q, k, v, kv_indices, kv_counts, q_grid, kv_grid, scale, out, config, k_scales
+    ).run()
     return out
 
 
@@ -233,15 +261,25 @@ def prepare(
     kv_grid: BlockGrid,
     scale: float | None,
     out: Tensor | None,
+    k_scales: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """The output and the scale, once everything fits the kernels.
 
     Raises:
         ValueError: names the argument, what was expected and what was given.
     """
-    check_attention(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, out)
+    check_attention(q, k, v, kv_indices, kv_counts, q_grid, kv_grid, out, k_scales)
     out = torch.empty_like(q) if out is None else out
-    check_tensors({"q": q, "k": k, "v": v, "out": out}, HEAD_DIMS)
+    floats = {"q": q, "k": k, "v": v, "out": out}
+    if k_scales is not None:
+        floats.pop("k")
+        for name, x in (("k", k), ("k_scales", k_scales)):
+            if x.device != q.device or x.stride(-1) != 1:
+                raise ValueError(
+                    f"{name} must be on {q.device} and dense in its last axis, got {x.device} and "
+                    f"strides {x.stride()}"
+                )
+    check_tensors(floats, HEAD_DIMS)
     for name, x in (("kv_indices", kv_indices), ("kv_counts", kv_counts)):
         if x is not None and (x.dtype != torch.int32 or x.device != q.device):
             raise ValueError(f"{name} must be int32 on {q.device}, got {x.dtype} on {x.device}")
@@ -264,10 +302,11 @@ def plan_attention(
     scale: float,
     out: Tensor,
     config: AttentionConfig,
+    k_scales: Tensor | None = None,
 ) -> Launch:
     """The launch for arguments that have been checked."""
     batch, _, heads, head_dim = q.shape
-    has_tail = masks_tails(q_grid, kv_grid)
+    has_tail = masks_tails(q_grid, kv_grid, k)
     operands: dict[str, Tensor | TensorDescriptor] = {"q": q, "k": k, "v": v, "out": out}
     all_strides = {}
     for name, x in operands.items():
@@ -286,7 +325,9 @@ def plan_attention(
         **operands,
         "kv_indices": kv_indices.contiguous(),
         "kv_counts": kv_indices if kv_counts is None else kv_counts.contiguous(),
+        "k_scales": k_scales,
         **all_strides,
+        **strides("k_scales", kv_indices if k_scales is None else k_scales, "bh"),
         "num_heads": heads,
         "num_rows": num_rows,
         "q_segment_tokens": q_grid.segment_tokens,
@@ -308,17 +349,20 @@ def plan_attention(
     return Launch(block_sparse_attention_kernel, (programs,), arguments, options)
 
 
-def masks_tails(q_grid: BlockGrid, kv_grid: BlockGrid) -> bool:
-    """Whether the kernel looks for short blocks; small ones have no variant that does not."""
-    is_small = min(q_grid.block_tokens, kv_grid.block_tokens) < 64
-    return is_small or kv_grid.tail_tokens != kv_grid.block_tokens
+def masks_tails(q_grid: BlockGrid, kv_grid: BlockGrid, k: Tensor) -> bool:
+    """Whether the kernel looks for short blocks.
+
+    Small blocks and keys of int8 have no variant that does not.
+    """
+    has_one_variant = min(q_grid.block_tokens, kv_grid.block_tokens) < 64 or k.dtype == torch.int8
+    return has_one_variant or kv_grid.tail_tokens != kv_grid.block_tokens
 
 
 def descriptor_obstacle(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, q_grid: BlockGrid, kv_grid: BlockGrid
 ) -> str | None:
     """Why the tensors' strides cannot be `slot_views`; None: they can."""
-    slot = kv_grid.slot_tokens if masks_tails(q_grid, kv_grid) else 1
+    slot = kv_grid.slot_tokens if masks_tails(q_grid, kv_grid, k) else 1
     pitches = {"q": q_grid.segment_tokens, "k": slot, "v": slot, "out": q_grid.segment_tokens}
     for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
         if obstacle := _obstacle(name, x, pitches[name]):
@@ -362,7 +406,7 @@ def slot_views(
     segment = q_grid.segment_tokens
     views = {"q": _slot_view(q, segment, segment), "out": _slot_view(out, segment, segment)}
     for name, x in (("k", k), ("v", v)):
-        if masks_tails(q_grid, kv_grid):
+        if masks_tails(q_grid, kv_grid, k):
             views[name] = _slot_view(x, kv_grid.slot_tokens, kv_grid.segment_tokens)
         else:
             # The stride of a batch of one may be anything.
