@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..lightforcing_core.backends import BACKENDS
 from ..lightforcing_core.errors import UserError
+from ..lightforcing_core.layout import TOKEN_ORDERS
 from ..lightforcing_core.selection import SelectionPolicy
 from ..lightforcing_core.sparse_settings import (
     POLICIES,
@@ -71,6 +72,7 @@ def sparse_settings(
     dense_first_layers: int,
     dense_last_layers: int,
     backend: str,
+    token_order: str = "raster",
 ) -> SparseSettings:
     """The settings that the node's inputs come to; a preset other than 'custom' overrules five.
 
@@ -96,6 +98,7 @@ def sparse_settings(
         dense_chunks=dense_chunks,
         keep_blocks=keep_blocks or None,
         backend=backend,
+        token_order=token_order,
     )
 
 
@@ -286,6 +289,14 @@ class SparseAttention(io.ComfyNode):
                     tooltip="What computes it. auto: the fastest that runs here; reference: plain "
                     "PyTorch, on any device and slow. A backend chosen by name is never replaced.",
                 ),
+                io.Combo.Input(
+                    "token_order",
+                    options=list(TOKEN_ORDERS),
+                    default="raster",
+                    optional=True,
+                    tooltip="Which tokens of a frame make a block. raster: strips of rows, as "
+                    "released; tiles: compact pieces of the picture. Cannot change in mid-run.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="MODEL")],
             hidden=[io.Hidden.unique_id],
@@ -301,6 +312,7 @@ class SparseAttention(io.ComfyNode):
         block_size: str | None = None,
         plan: str | None = None,
         backend: str | None = None,
+        token_order: str | None = None,
     ) -> bool | str:
         return check_choices(
             cls,
@@ -310,6 +322,7 @@ class SparseAttention(io.ComfyNode):
             block_size=block_size,
             plan=plan,
             backend=backend,
+            token_order=token_order,
         )
 
     @classmethod

@@ -90,6 +90,7 @@ def sparse_node(**values: Any) -> dict[str, Any]:
         "dense_first_layers": 0,
         "dense_last_layers": 0,
         "backend": "auto",
+        "token_order": "raster",
     }
     return node("LightForcingSparseAttention", model=["model", 0], **{**defaults, **values})
 
@@ -176,6 +177,33 @@ def test_sparse_attention_acts_and_its_switch_is_dense(server: Any) -> None:
     dense = latents(server, graph)
     assert error(latents(server, with_sparsity(graph)), dense) > 1e-3
     assert torch.equal(latents(server, with_sparsity(graph, enabled=False)), dense)
+
+
+def test_inputs_reach_the_attention(server: Any) -> None:
+    """Every one of them changes the video, so none is read and dropped."""
+    graph = video_graph(frames=33)
+    base = {"keep_frames": 4}  # of six past ones in the last chunk
+    plain = latents(server, with_sparsity(graph, **base))
+    for change in (
+        {"preset": "5 seconds"},
+        {"target_sparsity": 0.75},
+        {"base_sparsity": 0.99},
+        {"schedule": "uniform"},
+        {"policy": "sliding_window"},
+        {"keep_frames": 3},
+        {"sink_frames": 0},
+        {"near_frames": 0},
+        {"dense_chunks": 2},
+        {"block_size": "64"},
+        {"keep_blocks": 2},
+        {"plan": "every pass"},
+        {"dense_first_layers": 1},
+        {"dense_last_layers": 1},
+        {"token_order": "tiles"},
+    ):
+        assert not torch.equal(latents(server, with_sparsity(graph, **(base | change))), plain), (
+            change
+        )
 
 
 def test_two_runs_in_a_row_are_equal(server: Any) -> None:
