@@ -7,7 +7,9 @@ attention does not care about the order of its keys. Visible slots are always a 
 
 Slots are padded to whole blocks when a block size is given, so that blocks never straddle
 frames, and each block's mean key is kept beside them. A block's number, counted over the slots,
-is what index lists of sparse attention hold.
+is what index lists of sparse attention hold. Keys can be kept in eight bits too, rounded when they
+are final, less the mean key of the first chunk: the same for all keys, so that attention does not
+see it.
 
 Reference for what is visible when: Self Forcing `CausalWanSelfAttention` (`local_attn_size`,
 `sink_size`), which shifts the whole window in memory instead.
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.grid import BlockGrid
-from ..kernels.reference import pool_blocks
+from ..kernels.reference import pool_blocks, quantise_blocks
 from .errors import UserError
 from .memory import GIB, available_bytes
 
@@ -40,6 +42,7 @@ class CacheSpec:
         frame_tokens: tokens of one latent frame.
         block_tokens: tokens of an attention block; 0 means no blocks, no padding and no
             pooled keys.
+        int8_keys: keep keys in eight bits beside the others; needs blocks.
     """
 
     batch: int
@@ -51,6 +54,7 @@ class CacheSpec:
     sink_frames: int = 0
     block_tokens: int = 0
     dtype: torch.dtype = torch.bfloat16
+    int8_keys: bool = False
 
     def __post_init__(self) -> None:
         if self.capacity_frames < 1:
@@ -108,8 +112,16 @@ class CacheSpec:
         return blocks * self.num_heads * self.head_dim * torch.float32.itemsize
 
     @property
+    def int8_bytes(self) -> int:
+        """Keys in eight bits and the scales of their blocks."""
+        if not self.int8_keys:
+            return 0
+        scales = self.pooled_bytes // self.head_dim
+        return self.key_value_bytes // (2 * self.dtype.itemsize) + scales
+
+    @property
     def total_bytes(self) -> int:
-        return self.key_value_bytes + self.pooled_bytes
+        return self.key_value_bytes + self.pooled_bytes + self.int8_bytes
 
     def check_memory(self, device: torch.device) -> None:
         """Log the memory a cache of this size takes; raise if the device has less.
@@ -143,16 +155,18 @@ class KVCache:
         spec: CacheSpec,
         device: torch.device | str,
         pool: Callable[..., Tensor] = pool_blocks,
+        quantise: Callable[..., None] = quantise_blocks,
     ) -> None:
         """
         Args:
-            pool: makes the pooled keys, like `kernels.pool_blocks`.
+            pool, quantise: make the pooled keys and those of eight bits, like `kernels.pool_blocks`
+                and `kernels.quantise_blocks`.
 
         Raises:
             UserError: the device has too little memory.
         """
         self.spec = spec
-        self._pool = pool
+        self._pool, self._quantise = pool, quantise
         device = torch.device(device)
         spec.check_memory(device)
         shape = (
@@ -174,7 +188,14 @@ class KVCache:
             blocks = spec.capacity_frames * spec.blocks_per_frame
             shape = (spec.batch, spec.num_heads, blocks, spec.head_dim)
             self.pooled_keys = layers(*shape, dtype=torch.float32)
+        self.int8_keys: list[Tensor] = []  # like keys, in steps of their block's scale
+        self.key_scales: list[Tensor] = []  # float32 [B, H, capacity * blocks], block ids in order
+        if spec.int8_keys:
+            self.int8_keys = [torch.zeros_like(keys, dtype=torch.int8) for keys in self.keys]
+            self.key_scales = layers(*shape[:3], dtype=torch.float32)
+        self._shifts: dict[int, Tensor] = {}  # of each layer's keys of eight bits, [B, H, D]
         self._unpooled_layers: set[int] = set()  # written since their keys were last pooled
+        self._unquantised_layers: set[int] = set()
         self._slot_frames: list[int] = []  # latent frame index in each used slot
         self._next_victim = spec.sink_frames
         self._open_slots: list[int] = []
@@ -236,6 +257,11 @@ class KVCache:
             self.keys[layer][:, slots, :tokens] = k[:, first : first + length]
             self.values[layer][:, slots, :tokens] = v[:, first : first + length]
         self._unpooled_layers.add(layer)
+        self._unquantised_layers.add(layer)
+
+    def mark_written(self) -> None:
+        """All layers of the open chunk were stored again without `write`: a recorded forward."""
+        self._unpooled_layers.update(range(self.spec.num_layers))
 
     def visible(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values that the open chunk attends to, each [B, S, H, D].
@@ -260,10 +286,23 @@ class KVCache:
         self._pool_open(layer)
         return self.pooled_keys[layer][:, :, : self.visible_frames * self.spec.blocks_per_frame]
 
+    def visible_int8(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys of all visible slots in eight bits, int8 [B, S, H, D], and the scales of their
+        blocks, float32 [B, H, blocks]; views.
+
+        The open chunk's are made first, if its keys were written since.
+        """
+        self._quantise_open(layer)
+        slots = slice(0, self.visible_frames)
+        blocks = slice(0, self.visible_frames * self.spec.blocks_per_frame)
+        return self.int8_keys[layer][:, slots].flatten(1, 2), self.key_scales[layer][:, :, blocks]
+
     def commit(self) -> None:
-        """Close the open chunk after its clean pass; its pooled keys are final from here on."""
+        """Close the open chunk after its clean pass; what is made of its keys is final now."""
         for layer in range(len(self.pooled_keys)):
             self._pool_open(layer)
+        for layer in range(len(self.int8_keys)):
+            self._quantise_open(layer)
         self._open_slots = []
 
     def _pool_open(self, layer: int) -> None:
@@ -276,6 +315,24 @@ class KVCache:
             keys = self.keys[layer][:, start : start + length].flatten(1, 2)
             blocks = slice(start * per_frame, (start + length) * per_frame)
             self.pooled_keys[layer][:, :, blocks] = self._pool(keys, self.spec.grid, padded=True)
+
+
+    def _quantise_open(self, layer: int) -> None:
+        """Round the open chunk's keys of one layer, unless they are as they were last time."""
+        if layer not in self._unquantised_layers:
+            return
+        self._unquantised_layers.remove(layer)
+        if layer not in self._shifts:
+            self._shifts[layer] = self.visible_pooled(layer).mean(2)  # of the first chunk
+        per_frame = self.spec.blocks_per_frame
+        for _, start, length in _runs(self._open_slots):
+            keys, out = (
+                x[layer][:, start : start + length].flatten(1, 2)
+                for x in (self.keys, self.int8_keys)
+            )
+            blocks = slice(start * per_frame, (start + length) * per_frame)
+            scales = self.key_scales[layer][:, :, blocks]
+            self._quantise(keys, self._shifts[layer], self.spec.grid, out=out, scales=scales)
 
 
 def _runs(slots: Sequence[int]) -> list[tuple[int, int, int]]:

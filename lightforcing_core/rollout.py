@@ -11,8 +11,8 @@ Reference: Self Forcing `CausalInferencePipeline.inference`.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -212,7 +212,7 @@ class _Denoiser:
         self.dtype = dtype
         self.should_stop = should_stop
         self.engine = engine
-        self.host = host or self._run_model
+        self.host = host
         self.order = order
         self.forwards = 0
 
@@ -240,7 +240,9 @@ class _Denoiser:
                 return self.engine(x, timesteps, frames, text, self.attend, positions)
             return wan_forward(self.tree, x, timesteps, frames, text, self.attend, positions)
 
-        return self.host(ModelCall(latents, timestep, frames, step, velocity))
+        # Not kept as an attribute: a cycle would hold the cache until Python looks for cycles.
+        run = self.host or self._run_model
+        return run(ModelCall(latents, timestep, frames, step, velocity))
 
     def _run_model(self, call: ModelCall) -> Tensor:
         """The host where there is none."""
@@ -279,12 +281,6 @@ def _check_given(latents: Tensor, shape: tuple[int, int, int, int]) -> None:
         raise UserError("given latents hold NaN or infinity; encode the picture again")
 
 
-def _synchronized_time(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def cache_spec(
     tree: nn.Module,
     settings: RolloutSettings,
@@ -298,6 +294,7 @@ def cache_spec(
     """The key/value cache that a run of these settings needs."""
     dim = tree.patch_embedding.weight.shape[0]
     _, patch_h, patch_w = tree.patch_size
+    sparse = settings.sparse
     capacity = settings.capacity_frames(given_frames)
     frame_tokens = (latent_height // patch_h) * (latent_width // patch_w)
     return CacheSpec(
@@ -309,8 +306,9 @@ def cache_spec(
         capacity_frames=capacity,
         # A video shorter than its window never drops a frame: its sinks are just frames.
         sink_frames=min(settings.sink_frames, capacity - 1),
-        block_tokens=0 if settings.sparse is None else settings.sparse.key_block(frame_tokens),
+        block_tokens=0 if sparse is None else sparse.key_block(frame_tokens),
         dtype=dtype,
+        int8_keys=sparse is not None and sparse.qk_precision == "int8",
     )
 
 
@@ -322,12 +320,9 @@ def _attention(
         cache = KVCache(spec, device)
         return cache, CachedAttention(cache, Stopwatch(device))
     backend = sparse_backend(settings.sparse, spec, device)
-    cache = KVCache(spec, device, backend.pool_blocks)
-    kind = (
-        FastSparseAttention
-        if fast and spec.block_tokens <= PROJECTED_KV_TOKENS
-        else SparseAttention
-    )
+    cache = KVCache(spec, device, backend.pool_blocks, backend.quantise_blocks)
+    projects = fast and spec.block_tokens <= PROJECTED_KV_TOKENS and not spec.int8_keys
+    kind = FastSparseAttention if projects else SparseAttention
     return cache, kind(cache, settings.sparse, settings.timeline(given_frames), backend)
 
 
@@ -401,49 +396,51 @@ def rollout(
         _, patch_h, patch_w = tree.patch_size
         order = settings.sparse.frame_order(height // patch_h, width // patch_w)
     denoiser = _Denoiser(tree, text, cache, attend, dtype, should_stop, engine, host, order)
+    watch = Stopwatch(device)
+    with engine.run() if engine is not None else nullcontext():
+        first = 0
+        if given_latents is not None:
+            with watch.span("clean"):
+                for length in given_lengths:
+                    frames = range(first, first + length)
+                    cache.enter(frames)
+                    attend.begin_chunk(None)
+                    latents = given_latents[:, :, first : first + length].to(device).float()
+                    denoiser.clean_pass(latents, settings.context_timestep, frames)
+                    first += length
 
-    started = _synchronized_time(device)
-    first = 0
-    if given_latents is not None:
-        for length in given_lengths:
+        finished: tuple[Tensor, range] | None = None
+        for index, length in enumerate(lengths):
+            if finished is not None:
+                with watch.span("clean"):
+                    denoiser.clean_pass(finished[0], settings.context_timestep, finished[1])
             frames = range(first, first + length)
-            cache.enter(frames)
-            attend.begin_chunk(None)
-            latents = given_latents[:, :, first : first + length].to(device).float()
-            denoiser.clean_pass(latents, settings.context_timestep, frames)
             first += length
-
-    finished: tuple[Tensor, range] | None = None
-    for index, length in enumerate(lengths):
-        if finished is not None:
-            started = _synchronized_time(device)
-            denoiser.clean_pass(finished[0], settings.context_timestep, finished[1])
-        cleaned = _synchronized_time(device)
-        frames = range(first, first + length)
-        first += length
-        own_list = index == 0 and settings.first_chunk_steps is not None
-        steps = check_steps(settings.first_chunk_steps if own_list else settings.steps)
-        cache.enter(frames)
-        if sparse_for_chunk is not None and isinstance(attend, SparseAttention):
-            attend.change(sparse_for_chunk(index))
-        attend.begin_chunk(index)
-        latents = denoiser.denoise(noise, steps, frames)
-        denoised = _synchronized_time(device)
-        attention = attend.statistics()
-        statistics = ChunkStatistics(
-            index=index,
-            first_frame=frames.start,
-            num_frames=length,
-            steps=len(steps),
-            kv_frames=cache.visible_frames,
-            sparsity=attention.sparsity,
-            density=attention.density,
-            forwards=denoiser.forwards,
-            denoise_seconds=denoised - cleaned,
-            clean_seconds=cleaned - started,
-            select_seconds=attention.select_seconds,
-            attend_seconds=attention.attend_seconds,
-        )
-        denoiser.forwards = 0
-        yield Chunk(latents, statistics, attend)
-        finished = (latents, frames)
+            own_list = index == 0 and settings.first_chunk_steps is not None
+            steps = check_steps(settings.first_chunk_steps if own_list else settings.steps)
+            cache.enter(frames)
+            if sparse_for_chunk is not None and isinstance(attend, SparseAttention):
+                attend.change(sparse_for_chunk(index))
+            attend.begin_chunk(index)
+            with watch.span("denoise"):
+                latents = denoiser.denoise(noise, steps, frames)
+            # The only time the host waits in a chunk: for its last forward, not for other streams.
+            taken = watch.take()
+            attention = attend.statistics()
+            statistics = ChunkStatistics(
+                index=index,
+                first_frame=frames.start,
+                num_frames=length,
+                steps=len(steps),
+                kv_frames=cache.visible_frames,
+                sparsity=attention.sparsity,
+                density=attention.density,
+                forwards=denoiser.forwards,
+                denoise_seconds=taken["denoise"],
+                clean_seconds=taken.get("clean", 0.0),
+                select_seconds=attention.select_seconds,
+                attend_seconds=attention.attend_seconds,
+            )
+            denoiser.forwards = 0
+            yield Chunk(latents, statistics, attend)
+            finished = (latents, frames)

@@ -11,19 +11,34 @@ launch (`kernels.reference.project_blocks`).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..attention import dense_attention
 from ..backends import AttentionBackend
 from ..kv_cache import KVCache
 from ..schedule import Timeline
 from ..sparse import SparseAttention, _Prepared
 from ..sparse_settings import SparseSettings
 from ..wan.forward import PositionTable
-from ..wan.rope import apply_rope
+
+
+class GraphKey(NamedTuple):
+    """What two passes have in common that launch the same.
+
+    Attributes:
+        generation: of the addresses; 0 for a dense first chunk.
+        chooses: whether the pass chooses blocks.
+        has_own: whether each query block's own block is guaranteed.
+    """
+
+    generation: int
+    chooses: bool
+    has_own: bool
 
 
 class FastSparseAttention(SparseAttention):
@@ -97,12 +112,21 @@ class FastSparseAttention(SparseAttention):
         x = torch.tensor(list(numbers), dtype=torch.int32)
         return x.pin_memory() if self._device.type == "cuda" else x
 
-    def graph_key(self) -> Hashable | None:
-        """What tells the launches of the coming pass apart from others; None: they may change."""
-        if not self._is_static:
-            return None
-        chooses = not self._planned or self.settings.plans_anew(self._step)
-        return self._generation, chooses, self._own is not None
+    @property
+    def takes_projections(self) -> bool:
+        """Whether the open chunk's passes go through fixed addresses: then use `project`."""
+        return self._is_static
+
+    def graph_key(self) -> GraphKey | None:
+        """What the coming pass launches; None: what no other pass does.
+
+        A dense chunk that begins a video sees itself only: its passes are alike too.
+        """
+        if self._is_static:
+            chooses = not self._planned or self.settings.plans_anew(self._step)
+            return GraphKey(self._generation, chooses, self._own is not None)
+        alone = len(self.cache.open_slots) == self.cache.visible_frames
+        return GraphKey(0, False, False) if alone else None
 
     def record(self, recording: bool) -> None:
         """Within a recording nothing is timed and nothing is counted; `replayed` counts."""
@@ -110,8 +134,13 @@ class FastSparseAttention(SparseAttention):
 
     def replayed(self) -> None:
         """A recorded pass has been launched again."""
-        self._planned.update(range(self.cache.spec.num_layers))
-        self._counts += [counts for _, counts in self._lists]
+        layers = range(self.cache.spec.num_layers)
+        if self._is_static:
+            self._planned.update(layers)
+            self._counts += [counts for _, counts in self._lists]
+        else:
+            self._counts += [None for _ in layers]
+            self.cache.mark_written()
 
     @property
     def plans(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -127,7 +156,7 @@ class FastSparseAttention(SparseAttention):
         module: nn.Module,
         positions: PositionTable,
     ) -> Tensor:
-        """Self-attention from the linear layers' results.
+        """Self-attention from the linear layers' results, where `takes_projections`.
 
         Args:
             x_q, x_k, x_v: [B, S, H * D] of the open chunk.
@@ -137,13 +166,7 @@ class FastSparseAttention(SparseAttention):
         Returns:
             [B, S, H, D].
         """
-        if not self._is_static:
-            heads = self.cache.spec.num_heads
-            q, k = (
-                apply_rope(norm(x).unflatten(-1, (heads, -1)), positions.cos, positions.sin)
-                for norm, x in ((module.norm_q, x_q), (module.norm_k, x_k))
-            )
-            return self(layer, q, k, x_v.unflatten(-1, (heads, -1)))
+        assert self._is_static
         cache, spec = self.cache, self.cache.spec
         with self._span("select"):
             q, pooled_q = self._backend.project_blocks(
@@ -188,6 +211,13 @@ class FastSparseAttention(SparseAttention):
                 q_grid=self._q_grid,
                 kv_grid=spec.grid,
             )
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self._is_recorded:
+            return super().__call__(layer, q, k, v)
+        # Only a dense first chunk is recorded without `project`.
+        self.cache.write(layer, k, v)
+        return dense_attention(q, *self.cache.visible(layer))
 
     def _span(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._is_recorded else self._watch.span(name)

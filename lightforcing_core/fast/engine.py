@@ -2,18 +2,22 @@
 
 A forward of 1.3B is about a thousand launches, and the host needs longer to issue them than the
 GPU to do them. Forwards that launch the same with the same addresses are recorded as a CUDA graph
-the second time they come and replayed from then on; the first time compiles what must be compiled.
-With one plan a chunk that is two graphs for a whole video: a pass that chooses blocks and one that
-does not, the clean pass among the latter.
+and replayed; one of a kind that was never run is run as it stands first, which compiles what must
+be compiled. With one plan a chunk that is three graphs for a whole video: the dense first chunk, a
+pass that chooses blocks, and one that does not, the clean pass among the latter.
 
-An engine belongs to one run and one tree. Weights must stay where they are while it lives.
+Recordings belong to one run, whose cache they name, and go with it. What was compiled stays: an
+engine that makes the next video too need not run anything first. Weights must stay where they are
+while a run lasts.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +32,7 @@ from ..wan.forward import (
     run_block,
     wan_forward,
 )
-from .attention import FastSparseAttention
+from .attention import FastSparseAttention, GraphKey
 
 log = logging.getLogger("lightforcing")
 
@@ -45,6 +49,20 @@ class _Recording:
     velocity: Tensor
 
 
+class _Name(NamedTuple):
+    """By which a recording is found."""
+
+    key: GraphKey
+    shape: torch.Size
+    dtype: torch.dtype
+    text: int
+
+    @property
+    def lasting(self) -> tuple[object, ...]:
+        """What does not change while recordings are of use."""
+        return self.key.generation, *self[1:]
+
+
 class ForwardEngine:
     """Stands in for `wan_forward` in a rollout."""
 
@@ -59,13 +77,31 @@ class ForwardEngine:
         self._graphs = graphs and tree.patch_embedding.weight.device.type == "cuda"
         self._runner = block_runner(compiled=compiled)
         self._seen: set[Hashable] = set()
-        self._recordings: dict[Hashable, _Recording] = {}
+        self._recordings: dict[_Name, _Recording] = {}
         self._pool: tuple[int, int] | None = None
+        self._is_running = False
 
     @property
     def num_recordings(self) -> int:
         """Graphs held at present."""
         return len(self._recordings)
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """One video: its recordings, and the memory they hold, go when it is over.
+
+        Raises:
+            RuntimeError: another video of this engine is not over.
+        """
+        if self._is_running:
+            raise RuntimeError("this engine is making another video; give each its own")
+        self._is_running = True
+        try:
+            yield
+        finally:
+            self._is_running = False
+            self._recordings.clear()
+            self._pool = None
 
     def __call__(
         self,
@@ -83,15 +119,16 @@ class ForwardEngine:
         if key is None:
             return self._forward(x, timesteps, frame_indices, text, attend, positions)
         assert isinstance(attend, FastSparseAttention)
-        key = key, x.shape, x.dtype, id(text)
-        recording = self._recordings.get(key)
+        kind = key._replace(generation=min(key.generation, 1)), x.shape, x.dtype
+        if kind not in self._seen:
+            self._seen.add(kind)
+            return self._forward(x, timesteps, frame_indices, text, attend, positions)
+        name = _Name(key, x.shape, x.dtype, id(text))
+        recording = self._recordings.get(name)
         if recording is None:
-            if key not in self._seen:
-                self._seen.add(key)
-                return self._forward(x, timesteps, frame_indices, text, attend, positions)
-            self._drop_others(key)
+            self._drop_others(name)
             recording = self._record(x, timesteps, frame_indices, text, attend, positions)
-            self._recordings[key] = recording
+            self._recordings[name] = recording
         recording.x.copy_(x)
         recording.timesteps.copy_(timesteps)
         recording.cos.copy_(positions.cos)
@@ -138,11 +175,10 @@ class ForwardEngine:
         log.debug("recorded a forward as a CUDA graph")
         return _Recording(graph, x, timesteps, held.cos, held.sin, velocity)
 
-    def _drop_others(self, key: tuple[Hashable, ...]) -> None:
-        """Forget recordings of other sizes or another text: they would only hold memory."""
+    def _drop_others(self, name: _Name) -> None:
+        """Forget recordings of other addresses, sizes or another text: they only hold memory."""
         for other in list(self._recordings):
-            assert isinstance(other, tuple)
-            if other[1:] != key[1:] or other[0][0] != key[0][0]:  # type: ignore[index]
+            if other.lasting != name.lasting:
                 del self._recordings[other]
 
 
@@ -168,7 +204,7 @@ def block_runner(*, compiled: bool = True) -> RunBlock:
         text: TextContext,
         attend: SelfAttend,
     ) -> Tensor:
-        if not isinstance(attend, FastSparseAttention):
+        if not (isinstance(attend, FastSparseAttention) and attend.takes_projections):
             return plain(block, layer, hidden, modulation, num_heads, positions, text, attend)
         x_q, x_k, x_v = before(block, hidden, modulation)
         attended = attend.project(layer, x_q, x_k, x_v, block.self_attn, positions)
