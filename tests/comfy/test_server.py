@@ -306,6 +306,27 @@ def test_checkpoints_of_any_loader_run(server: Any, loader: str) -> None:
     assert latents(server, graph).isfinite().all()
 
 
+@pytest.mark.parametrize("loader", ["UNETLoader", "LightForcingLoadModel"])
+def test_cores_own_autoregressive_sampler_runs_dense_and_sparse(server: Any, loader: str) -> None:
+    _, info = server.ask("/object_info/SamplerARVideo")
+    if not info:
+        pytest.skip("this ComfyUI has no SamplerARVideo (0.21 and newer have)")
+    graph = with_sparsity(video_graph(width=64, height=64, frames=33))
+    if loader == "UNETLoader":
+        own = node(loader, unet_name="tiny_causal_wan.safetensors", weight_dtype="default")
+    else:
+        own = node(loader, **{**graph["model"]["inputs"], "model_name": "self_forcing_tiny.pt"})
+    graph["own"] = own
+    graph["sampler"] = node("SamplerARVideo", num_frame_per_block=3)
+    for name in ("sparse", "sigmas"):
+        graph[name]["inputs"]["model"] = ["own", 0]
+    sparse = latents(server, graph)
+    graph["guider"]["inputs"]["model"] = ["own", 0]
+    dense = latents(server, graph)
+    assert error(sparse[:, :, :3], dense[:, :, :3]) < 1e-4  # the first chunk is dense
+    assert error(sparse[:, :, 3:], dense[:, :, 3:]) > 1e-4
+
+
 # ---- graphs that cannot work
 
 

@@ -605,6 +605,8 @@ class NativeLoop:
             x = noise[:, :, start : start + self.frames_per_chunk]
             for i, sigma in enumerate(sigmas[:-1]):
                 clean = call(x, sigma, start)
+                for cache in caches:
+                    cache["end"] -= x.shape[2] * tokens
                 if sigmas[i + 1] > 0:
                     generator = torch.Generator().manual_seed(extra_args["seed"] + 1000 * chunk + i)
                     fresh = torch.randn(x.shape, generator=generator)
