@@ -125,6 +125,20 @@ def test_every_node_is_there_and_explains_itself(server: Any) -> None:
     assert loader["model_name"][1]["default"] == EMBEDDED
 
 
+def test_the_manual_has_every_node_and_input(server: Any) -> None:
+    manual = (Path(__file__).resolve().parents[2] / "docs" / "NODES.md").read_text()
+    sections = {text.split("\n", 1)[0]: text for text in manual.split("\n## ")[1:]}
+    _, nodes = server.ask("/object_info")
+    for name, info in nodes.items():
+        if not name.startswith("LightForcing"):
+            continue
+        section = sections[info["display_name"].removesuffix(" (Light Forcing)")]
+        assert f"`{name}`" in section
+        widgets = {*info["input"]["required"], *info["input"].get("optional", {})}
+        missing = [widget for widget in widgets if f"`{widget}`" not in section]
+        assert not missing, f"docs/NODES.md, {name}: {missing}"
+
+
 def test_nothing_went_wrong_while_loading(server: Any) -> None:
     log = server.log.read_text()
     assert "comfyui-light-forcing" in log
