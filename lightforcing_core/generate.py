@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from .checkpoints.load import LoadedModel, load_checkpoint
 from .checkpoints.lora import check_loras, load_lora
 from .embedded import EMBEDDED_MODEL, EMBEDDED_VAE
 from .errors import Cancelled, UserError
+from .fast.decode import ChunkDecoder
+from .fast.engine import ForwardEngine, engine_for
 from .layout import FrameSize
 from .memory import usable_device
 from .noise import SeededNoise, check_seed
@@ -228,6 +231,7 @@ class _Job:
     start_frame: Tensor | None  # float [1, 1, 3, H, W], 0..1
     device: torch.device
     dtype: torch.dtype
+    engine: ForwardEngine | None
 
 
 def _placement(request: GenerateRequest) -> tuple[torch.device, torch.dtype]:
@@ -262,7 +266,8 @@ def _prepare(
     start_frame = None
     if request.start_image is not None:
         start_frame = load_image(request.start_image, size.width, size.height)[:, None]
-    return _Job(model, vae, text, settings, size, start_frame, device, dtype)
+    engine = engine_for(model.tree, request.speed)
+    return _Job(model, vae, text, settings, size, start_frame, device, dtype, engine)
 
 
 def _encode(request: GenerateRequest, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -290,22 +295,34 @@ def _stream(
     shape = (1, channels, job.size.latent_height, job.size.latent_width)
     noise = SeededNoise(seed, shape, job.device)
     num_chunks = len(job.settings.chunk_lengths(0 if given is None else given.shape[2]))
-    for chunk in rollout(
-        job.model.tree,
-        job.settings,
-        job.text,
-        noise,
-        given_latents=given,
-        dtype=job.dtype,
-        should_stop=should_stop,
-    ):
-        started = time.perf_counter()
-        frames = frames_to_uint8(decoder.decode(chunk.latents.to(job.dtype)))
-        report = ChunkReport(
-            index=chunk.statistics.index,
-            num_chunks=num_chunks,
-            pixel_frames=frames.shape[0],
-            statistics=chunk.statistics,
-            decode_seconds=time.perf_counter() - started,
-        )
-        yield frames, report
+    waiting: deque[ChunkStatistics] = deque()
+    with ChunkDecoder(decoder, job.device) as decoding:
+
+        def reported(*, wait: bool) -> Iterator[tuple[np.ndarray, ChunkReport]]:
+            for decoded in decoding.take(wait=wait):
+                statistics = waiting.popleft()
+                yield (
+                    decoded.frames,
+                    ChunkReport(
+                        index=statistics.index,
+                        num_chunks=num_chunks,
+                        pixel_frames=decoded.frames.shape[0],
+                        statistics=statistics,
+                        decode_seconds=decoded.seconds,
+                    ),
+                )
+
+        for chunk in rollout(
+            job.model.tree,
+            job.settings,
+            job.text,
+            noise,
+            given_latents=given,
+            dtype=job.dtype,
+            should_stop=should_stop,
+            engine=job.engine,
+        ):
+            waiting.append(chunk.statistics)
+            decoding.submit(chunk.latents)
+            yield from reported(wait=False)
+        yield from reported(wait=True)

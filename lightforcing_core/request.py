@@ -34,6 +34,7 @@ class GenerateRequest:
         context_timestep: noise level of the clean pass, 0..1000.
         family: name of the weights' family (checkpoints.families), which suggests settings.
         loras: LoRA files and their strengths, merged into the weights.
+        speed: one of fast.engine.SPEEDS; None: graphs on a GPU, plain elsewhere.
         device, dtype: default to CUDA and bf16 where there is a GPU, else CPU and float32.
     """
 
@@ -57,6 +58,7 @@ class GenerateRequest:
     vae_latents: str | None = None
     family: str | None = None
     loras: Sequence[tuple[Path, float]] = ()
+    speed: str | None = None
     device: str | None = None
     dtype: torch.dtype | None = None
 

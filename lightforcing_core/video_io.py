@@ -75,13 +75,19 @@ def frames_to_uint8(frames: Tensor) -> np.ndarray:
         raise ValueError(
             f"frames must be [t, 3, H, W] or [1, t, 3, H, W], got {list(frames.shape)}"
         )
-    if not torch.isfinite(frames).all():
+    # As numbers a file takes before they travel, and with the question about NaN asked meanwhile.
+    finite = torch.isfinite(frames).all()
+    scaled = frames.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    pixels = scaled.permute(0, 2, 3, 1).contiguous()
+    if pixels.device.type == "cuda":
+        host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+        pixels = host.copy_(pixels, non_blocking=True)
+    if not finite:  # waits for the copy too
         raise UserError(
             "the decoded video holds NaN or infinity: the model or the VAE overflowed or its file "
             "is damaged; use bfloat16 or float32 instead of float16, or fetch the file again"
         )
-    scaled = frames.float().clamp(0, 1).mul(255).round().to(torch.uint8)
-    return scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return pixels.numpy()
 
 
 class VideoWriter:

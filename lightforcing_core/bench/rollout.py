@@ -1,7 +1,8 @@
 """`lightforcing bench rollout`: whole videos at the real shape, dense, sparse and a plain loop.
 
 Weights are random, which changes nothing about speed. Every method makes a video once before the
-runs that count, and decodes each chunk with the same streaming decoder, timed apart. The plain
+runs that count, and decodes each chunk to frames on the host with the same streaming decoder: the
+plain loop after each chunk, ours beside the next. The plain
 loop is what a careful user would write in plain PyTorch: the same mathematics, torch.compile
 around everything but attention, cuDNN attention over a cache that keys and values are copied
 into, no frame slots, no statistics, no waiting.
@@ -21,13 +22,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..fast.engine import ForwardEngine
+from ..fast.decode import ChunkDecoder
+from ..fast.engine import ForwardEngine, engine_for
+from ..fast.linears import eight_bit_obstacle
 from ..layout import FrameSize, latent_frames
 from ..noise import SeededNoise
 from ..rollout import RolloutSettings, rollout
 from ..sparse_settings import SparseSettings
 from ..timesteps import SELF_FORCING_STEPS, TRAIN_TIMESTEPS
 from ..vae.streaming import StreamingDecoder, VideoVAE
+from ..video_io import frames_to_uint8
 from ..wan.compiled import compiled_block_runner
 from ..wan.config import WanConfig
 from ..wan.forward import TextContext, position_table, prepare_text, wan_forward
@@ -57,6 +61,14 @@ class ChunkTimes:
     denoise: float
     clean: float
     decode: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One video: its chunks, and seconds from the start to the last frame on the host."""
+
+    chunks: list[ChunkTimes]
+    seconds: float
 
 
 SMALL = RolloutCase(
@@ -101,24 +113,25 @@ def _methods(
     device: torch.device,
     sparse: SparseSettings,
     vae: VideoVAE,
-) -> dict[str, Callable[[], list[ChunkTimes]]]:
+) -> dict[str, Callable[[], Run]]:
     """What is measured; on the CPU nothing is compiled."""
 
-    def ours(
-        settings: SparseSettings | None, options: dict[str, bool] | None
-    ) -> Callable[[], list[ChunkTimes]]:
-        return lambda: _ours(case, tree, text, _settings(case, settings), device, options, vae)
+    def ours(settings: SparseSettings | None, speed: str | None) -> Callable[[], Run]:
+        engine = None if speed is None else engine_for(tree, speed)
+        return lambda: _ours(case, tree, text, _settings(case, settings), device, engine, vae)
 
-    methods: dict[str, Callable[[], list[ChunkTimes]]] = {
+    methods: dict[str, Callable[[], Run]] = {
         "plain loop": PlainLoop(case, tree, text, device, vae),
         "dense": ours(None, None),
     }
-    if device.type == "cuda":
-        methods["dense, compiled"] = ours(None, {})
-        methods["sparse, compiled"] = ours(sparse, {"graphs": False})
-        methods["sparse, compiled, graphs"] = ours(sparse, {})
-    else:
-        methods["sparse"] = ours(sparse, None)
+    if device.type != "cuda":
+        return methods | {"sparse": ours(sparse, None)}
+    methods["dense, compiled"] = ours(None, "compiled")
+    methods["sparse"] = ours(sparse, None)
+    methods["sparse, graphs"] = ours(sparse, "graphs")
+    methods["sparse, compiled, graphs"] = ours(sparse, "compiled")
+    if eight_bit_obstacle(device, case.dtype) is None:
+        methods["sparse, compiled, graphs, fp8"] = ours(sparse, "fp8")
     return methods
 
 
@@ -137,13 +150,13 @@ def _settings(case: RolloutCase, sparse: SparseSettings | None) -> RolloutSettin
 
 
 def _rows(
-    case: RolloutCase, name: str, run: Callable[[], list[ChunkTimes]], repeats: int
+    case: RolloutCase, name: str, run: Callable[[], Run], repeats: int
 ) -> list[dict[str, Any]]:
     run()  # compiles, fills caches
     samples = [run() for _ in range(repeats)]
-    made = [sum(chunk.denoise + chunk.clean for chunk in chunks) for chunks in samples]
-    shown = [seconds + sum(c.decode for c in x) for seconds, x in zip(made, samples, strict=True)]
-    typical = samples[made.index(sorted(made)[len(made) // 2])]
+    made = [sum(chunk.denoise + chunk.clean for chunk in sample.chunks) for sample in samples]
+    shown = [sample.seconds for sample in samples]
+    typical = samples[made.index(sorted(made)[len(made) // 2])].chunks
     facts = {"method": name, "width": case.size.width, "height": case.size.height}
     rows = [
         {
@@ -167,6 +180,7 @@ def _rows(
             "seconds_min": round(min(made), 4),
             "seconds_max": round(max(made), 4),
             "frames_per_second": round(case.frames / middle, 2),
+            "seconds_decoded": round(statistics.median(shown), 4),
             "frames_per_second_decoded": round(case.frames / statistics.median(shown), 2),
         }
     )
@@ -185,18 +199,24 @@ def _ours(
     text: TextContext,
     settings: RolloutSettings,
     device: torch.device,
-    options: dict[str, bool] | None,
+    engine: ForwardEngine | None,
     vae: VideoVAE,
-) -> list[ChunkTimes]:
-    """Options of a `ForwardEngine`; None: without one."""
-    noise, decoder = _noise(case, device), vae.new_decoder()
-    result = []
-    engine = None if options is None else ForwardEngine(tree, **options)
-    for chunk in rollout(tree, settings, text, noise, dtype=case.dtype, engine=engine):
-        times = chunk.statistics
-        decode = _decode_seconds(decoder, chunk.latents, case.dtype, device)
-        result.append(ChunkTimes(times.denoise_seconds, times.clean_seconds, decode))
-    return result
+) -> Run:
+    """Decoding goes on beside, so only its own time is known for a chunk, not what it adds."""
+    started = _wait(device)
+    noise = _noise(case, device)
+    parts, decoded = [], []
+    with ChunkDecoder(vae.new_decoder(), device) as decoding:
+        for chunk in rollout(tree, settings, text, noise, dtype=case.dtype, engine=engine):
+            parts.append(chunk.statistics)
+            decoding.submit(chunk.latents)
+        decoded += [chunk.seconds for chunk in decoding.take(wait=True)]
+    seconds = _wait(device) - started
+    chunks = [
+        ChunkTimes(part.denoise_seconds, part.clean_seconds, decode)
+        for part, decode in zip(parts, decoded, strict=True)
+    ]
+    return Run(chunks, seconds)
 
 
 def _wait(device: torch.device) -> float:
@@ -209,7 +229,7 @@ def _decode_seconds(
     decoder: StreamingDecoder, latents: Tensor, dtype: torch.dtype, device: torch.device
 ) -> float:
     started = _wait(device)
-    decoder.decode(latents.to(dtype))
+    frames_to_uint8(decoder.decode(latents.to(dtype)))
     return _wait(device) - started
 
 
@@ -264,7 +284,8 @@ class PlainLoop:
         )
 
     @torch.no_grad()
-    def __call__(self) -> list[ChunkTimes]:
+    def __call__(self) -> Run:
+        begun = _wait(self.device)
         noise, decoder = _noise(self.case, self.device), self.vae.new_decoder()
         result = []
         per_chunk, tokens = self.case.frames_per_chunk, self.case.size.frame_tokens
@@ -287,4 +308,4 @@ class PlainLoop:
                 started = _wait(self.device)
                 self._forward(latents, 0.0, first)
                 clean = _wait(self.device) - started
-        return result
+        return Run(result, _wait(self.device) - begun)

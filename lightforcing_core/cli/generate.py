@@ -59,6 +59,12 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     add_sparse_options(sub)
     machine = sub.add_argument_group("machine")
     machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    machine.add_argument(
+        "--speed",
+        choices=("plain", "graphs", "compiled", "fp8"),
+        help="GPU only: record forwards as graphs (default there), compile them too (seconds "
+        "before the first video), or also round the linear layers to eight bits",
+    )
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
 
 
@@ -92,6 +98,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         window_frames=arguments.window,
         sink_frames=arguments.sink,
         sparse=sparse_settings(arguments),
+        speed=arguments.speed,
         device=arguments.device,
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
     )

@@ -117,6 +117,11 @@ class FastSparseAttention(SparseAttention):
         """Whether the open chunk's passes go through fixed addresses: then use `project`."""
         return self._is_static
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether launches are all that a pass does: plain torch asks the device for numbers."""
+        return bool(self._backend.attend_variants)
+
     def graph_key(self) -> GraphKey | None:
         """What the coming pass launches; None: what no other pass does.
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..wan.forward import (
     PositionTable,
     RunBlock,
@@ -33,8 +34,12 @@ from ..wan.forward import (
     wan_forward,
 )
 from .attention import FastSparseAttention, GraphKey
+from .linears import with_eight_bit_linears
 
 log = logging.getLogger("lightforcing")
+
+SPEEDS = ("plain", "graphs", "compiled", "fp8")
+"""As it stands; launches recorded; blocks compiled too; linear layers in eight bits too."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ class ForwardEngine:
     ) -> Tensor:
         """Velocity; see `wan_forward` for the arguments."""
         key = None
-        if self._graphs and isinstance(attend, FastSparseAttention):
+        if self._graphs and isinstance(attend, FastSparseAttention) and attend.is_recordable:
             key = attend.graph_key()
         if key is None:
             return self._forward(x, timesteps, frame_indices, text, attend, positions)
@@ -180,6 +185,28 @@ class ForwardEngine:
         for other in list(self._recordings):
             if other.lasting != name.lasting:
                 del self._recordings[other]
+        if not self._recordings:
+            self._pool = None  # it went with the last graph that used it
+
+
+def engine_for(tree: nn.Module, speed: str | None) -> ForwardEngine | None:
+    """The engine of a speed, one of `SPEEDS`; None: graphs on a GPU, plain elsewhere.
+
+    Raises:
+        UserError: no such speed, or this machine cannot do it.
+    """
+    weight = tree.blocks[0].self_attn.q.weight
+    is_gpu = weight.device.type == "cuda"
+    speed = speed or ("graphs" if is_gpu else "plain")
+    if speed not in SPEEDS:
+        raise UserError(f"no speed '{speed}'; choose one of {', '.join(SPEEDS)}")
+    if speed == "plain":
+        return None
+    if not is_gpu:
+        raise UserError(f"the speed '{speed}' needs a CUDA device, this run is on {weight.device}")
+    if speed == "fp8":
+        tree = with_eight_bit_linears(tree)
+    return ForwardEngine(tree, compiled=speed != "graphs")
 
 
 def block_runner(*, compiled: bool = True) -> RunBlock:

@@ -11,8 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightforcing.lightforcing_core.errors import UserError
 from lightforcing.lightforcing_core.fast.attention import FastSparseAttention
-from lightforcing.lightforcing_core.fast.engine import ForwardEngine
+from lightforcing.lightforcing_core.fast.decode import ChunkDecoder
+from lightforcing.lightforcing_core.fast.engine import ForwardEngine, engine_for
+from lightforcing.lightforcing_core.fast.linears import (
+    EightBitLinear,
+    eight_bit_obstacle,
+    with_eight_bit_linears,
+)
 from lightforcing.lightforcing_core.kv_cache import KVCache
 from lightforcing.lightforcing_core.noise import SeededNoise
 from lightforcing.lightforcing_core.rollout import Chunk, RolloutSettings, rollout
@@ -21,6 +28,9 @@ from lightforcing.lightforcing_core.sparse_settings import (
     make_policy,
     make_schedule,
 )
+from lightforcing.lightforcing_core.vae.streaming import VideoVAE
+from lightforcing.lightforcing_core.vae.taehv import TAEHV, TAEHVConfig
+from lightforcing.lightforcing_core.video_io import frames_to_uint8
 from lightforcing.lightforcing_core.wan.config import WanConfig
 from lightforcing.lightforcing_core.wan.forward import TextContext, prepare_text
 from lightforcing.lightforcing_core.wan.modules import WanModel
@@ -160,7 +170,10 @@ def on_gpu(sparse: SparseSettings | None, **more: Any) -> tuple[list[Tensor], li
     tree = WanModel(config).requires_grad_(False).cuda().bfloat16()
     with torch.no_grad():
         text = prepare_text(tree, torch.randn(1, 20, 64).cuda().bfloat16())
-    settings = RolloutSettings(18, 3, sparse=sparse, **more.pop("settings", {}))
+    options = {"num_frames": 18, "frames_per_chunk": 3} | more.pop("settings", {})
+    settings = RolloutSettings(sparse=sparse, **options)
+    if more.pop("fp8", False):
+        tree = with_eight_bit_linears(tree)
     engine = ForwardEngine(tree, **more) if more.pop("engine", True) else None
     for _ in range(2):  # what the first run compiles, the second records at once
         noise = SeededNoise(4, (1, 16, 60, 104), torch.device("cuda"))
@@ -187,3 +200,70 @@ def test_replayed_graphs_make_the_same_video_bit_for_bit(compiled: bool, window:
     plain, _ = on_gpu(sparse, engine=False, settings=window)
     for a, b in zip(plain, expected, strict=True):
         assert (a - b).norm() / a.norm() < 0.05
+
+
+@pytest.mark.gpu
+@GPU
+def test_eight_bit_linears_round_and_nothing_else() -> None:
+    if eight_bit_obstacle(torch.device("cuda"), torch.bfloat16):
+        pytest.skip("eight-bit products need compute capability 8.9")
+    linear = torch.nn.Linear(1536, 8960).cuda().bfloat16()
+    x = torch.randn(2, 300, 1536, device="cuda", dtype=torch.bfloat16)
+    x[0, 0] = 0  # a row of zeros has no scale of its own
+    with torch.no_grad():
+        got = EightBitLinear(linear)(x)
+        expected = linear.double()(x.double())
+    assert got.dtype == torch.bfloat16 and got.shape == expected.shape
+    assert (got.double() - expected).norm() / expected.norm() < 0.05
+    assert torch.allclose(got[0, 0].double(), linear.bias, atol=1e-2)
+
+
+@pytest.mark.gpu
+@GPU
+def test_a_forward_in_eight_bits_is_within_five_percent() -> None:
+    if eight_bit_obstacle(torch.device("cuda"), torch.bfloat16):
+        pytest.skip("eight-bit products need compute capability 8.9")
+    sparse = SparseSettings(schedule=make_schedule(0.8))
+    settings = {"num_frames": 3, "steps": (1000.0,)}
+    full, _ = on_gpu(sparse, compiled=False, graphs=False, settings=settings)
+    rounded, _ = on_gpu(sparse, compiled=False, graphs=False, settings=settings, fp8=True)
+    error = (rounded[0] - full[0]).norm() / full[0].norm()
+    assert 0 < error < 0.05
+
+
+@pytest.mark.gpu
+@GPU
+def test_decoding_beside_gives_the_frames_of_decoding_after() -> None:
+    torch.manual_seed(0)
+    network = TAEHV(TAEHVConfig(decoder_widths=(16, 16, 8, 8), encoder_width=None))
+    vae = VideoVAE(network.cuda().eval())
+    chunks = [torch.randn(1, 16, 3, 16, 16, device="cuda") for _ in range(5)]
+    plain = vae.new_decoder()
+    expected = [frames_to_uint8(plain.decode(chunk)) for chunk in chunks]
+    with ChunkDecoder(vae.new_decoder(), torch.device("cuda")) as decoding:
+        got = []
+        for chunk in chunks:
+            decoding.submit(chunk.clone())
+            got += decoding.take(wait=False)
+        got += decoding.take(wait=True)
+    assert [x.frames.shape[0] for x in got] == [9, 12, 12, 12, 12]
+    for a, b in zip(got, expected, strict=True):
+        assert (a.frames == b).all()
+
+
+def test_errors_of_decoding_come_where_the_frames_are_taken() -> None:
+    network = TAEHV(TAEHVConfig(decoder_widths=(8, 8, 8, 8), encoder_width=None))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vae = VideoVAE(network.to(device).eval())
+    with pytest.raises(UserError, match="NaN"), ChunkDecoder(vae.new_decoder(), device) as decoding:
+        decoding.submit(torch.full((1, 16, 3, 8, 8), float("nan"), device=device))
+        list(decoding.take(wait=True))
+
+
+@pytest.mark.parametrize("speed", ["graphs", "compiled", "fp8"])
+def test_a_speed_that_needs_a_gpu_is_refused_without_one(tree: WanModel, speed: str) -> None:
+    with pytest.raises(UserError, match=f"'{speed}' needs a CUDA device"):
+        engine_for(tree, speed)
+    assert engine_for(tree, "plain") is None and engine_for(tree, None) is None
+    with pytest.raises(UserError, match="no speed 'warp'"):
+        engine_for(tree, "warp")

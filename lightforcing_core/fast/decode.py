@@ -1,0 +1,92 @@
+"""Decoding beside denoising: on a stream and a thread of its own, frames to pinned memory.
+
+The chunk that was just denoised is decoded while the next one is made. At most `depth` chunks wait,
+so a slow decoder holds the rollout back instead of filling the memory. On the CPU, where both
+would fight over the same cores, chunks are decoded when they are handed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..vae.streaming import StreamingDecoder
+from ..video_io import frames_to_uint8
+
+
+@dataclass(frozen=True)
+class DecodedChunk:
+    """Frames uint8 [t, H, W, 3] on the host, and the seconds their decoding took."""
+
+    frames: np.ndarray
+    seconds: float
+
+
+class ChunkDecoder:
+    """Decodes the chunks of one video in order. Use it as a context manager.
+
+    Errors of decoding are raised where the chunk's frames are taken.
+    """
+
+    def __init__(self, decoder: StreamingDecoder, device: torch.device, *, depth: int = 2) -> None:
+        """
+        Args:
+            decoder: at the start of its stream.
+            device: where its network is.
+            depth: chunks that may wait for their decoding.
+        """
+        self._decoder = decoder
+        self._device = device
+        self._depth = depth
+        self._pending: deque[Future[DecodedChunk]] = deque()
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="lightforcing-decode")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def submit(self, latents: Tensor) -> None:
+        """Hand in the next chunk's latents, [1, 16, T, h, w]; waits while `depth` chunks wait."""
+        if self._pool is None or self._stream is None:
+            done: Future[DecodedChunk] = Future()
+            done.set_result(self._decode(latents))
+            self._pending.append(done)
+            return
+        while sum(not future.done() for future in self._pending) >= self._depth:
+            next(future for future in self._pending if not future.done()).exception()
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(self._device))
+        latents.record_stream(self._stream)
+        self._pending.append(self._pool.submit(self._decode_beside, latents, ready))
+
+    def take(self, *, wait: bool) -> Iterator[DecodedChunk]:
+        """Chunks that are decoded, oldest first; with `wait` all that were handed in."""
+        while self._pending and (wait or self._pending[0].done()):
+            yield self._pending.popleft().result()
+
+    def _decode_beside(self, latents: Tensor, ready: torch.cuda.Event) -> DecodedChunk:
+        assert self._stream is not None
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            return self._decode(latents)
+
+    def _decode(self, latents: Tensor) -> DecodedChunk:
+        started = time.perf_counter()
+        frames = frames_to_uint8(self._decoder.decode(latents))
+        return DecodedChunk(frames, time.perf_counter() - started)
