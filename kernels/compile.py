@@ -43,6 +43,7 @@ from .triton_merge import plan_merge
 from .triton_pooling import plan_pooling
 from .triton_projection import plan_projection
 from .triton_quantisation import plan_quantisation
+from .triton_rounding import plan_gelu_rounding
 from .triton_selection import plan_scores, plan_selection
 
 TUNED_WITH = "3.6."
@@ -52,6 +53,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.int32: "i32",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8",
 }
 _HEADS, _SEGMENTS, _TOP_K = 12, 21, 51
@@ -106,7 +108,7 @@ def compile_all(archs: Sequence[int] = ARCHS, *, processes: int = 2) -> list[Com
 def launches(arch: int) -> dict[str, Callable[[], Launch]]:
     """Every kernel and configuration shipped for an architecture, by name."""
     found: dict[str, Callable[[], Launch]] = {}
-    for name, plan in (*_attention_launches(arch), *_small_launches()):
+    for name, plan in (*_attention_launches(arch), *_rounding_launches(arch), *_small_launches()):
         found.setdefault(name, plan)
     return found
 
@@ -220,9 +222,7 @@ def _attention_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]
 
 
 def _int8_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
-    def attention(
-        head_dim: int, q_block: int, kv_block: int, config: AttentionConfig
-    ) -> Launch:
+    def attention(head_dim: int, q_block: int, kv_block: int, config: AttentionConfig) -> Launch:
         q_grid, kv_grid = BlockGrid(1564, q_block), BlockGrid(1564, kv_block)
         q = _meta(1, 3 * 1564, _HEADS, head_dim)
         shape = 1, _SEGMENTS * kv_grid.slot_tokens, _HEADS, head_dim
@@ -254,6 +254,18 @@ def _int8_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
             yield name, lambda arguments=arguments: attention(*arguments)
     for head_dim, block in itertools.product(HEAD_DIMS, {kv for _, kv in INT8_BLOCK_SIZES}):
         yield f"quantisation d{head_dim} b{block}", lambda d=head_dim, b=block: quantisation(d, b)
+
+
+def _rounding_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
+    """Feed-forward widths of 1.3B and 14B, where the hardware multiplies e4m3 numbers."""
+
+    def rounding(columns: int) -> Launch:
+        x, scales = _meta(4680, columns), _meta(4680, 1, dtype=torch.float32)
+        return plan_gelu_rounding(x, _meta(4680, columns, dtype=torch.float8_e4m3fn), scales)
+
+    if arch >= 89:
+        for columns in (8960, 13824):
+            yield f"gelu rounding {columns}", lambda n=columns: rounding(n)
 
 
 def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:

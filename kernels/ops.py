@@ -4,10 +4,12 @@ from .triton_attention import block_sparse_attention_triton
 from .triton_pooling import pool_blocks_triton
 from .triton_projection import project_blocks_triton
 from .triton_quantisation import quantise_blocks_triton
+from .triton_rounding import gelu_round_rows_triton
 from .triton_selection import select_blocks_triton
 
 __all__ = [
     "block_sparse_attention_triton",
+    "gelu_round_rows_triton",
     "pool_blocks_triton",
     "project_blocks_triton",
     "quantise_blocks_triton",

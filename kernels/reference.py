@@ -289,6 +289,22 @@ def project_blocks(
     return q, pool_blocks(q, q_grid, padded=False)
 
 
+def gelu_round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU (its tanh form), then e4m3 numbers with a scale for each row.
+
+    Args:
+        x: [N, K], any float type.
+
+    Returns:
+        e4m3 [N, K] and float32 scales [N, 1]; number x scale is the value. A row of zeros gets a
+        scale above zero.
+    """
+    value = F.gelu(x.to(_wide(x)), approximate="tanh")
+    largest = value.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    scale = largest / torch.finfo(torch.float8_e4m3fn).max
+    return (value / scale).to(torch.float8_e4m3fn), scale.float()
+
+
 def merge_parts(
     parts: Tensor, log_sums: Tensor, out: Tensor, first_tile: int, q_grid: BlockGrid
 ) -> Tensor:

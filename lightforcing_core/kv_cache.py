@@ -64,6 +64,8 @@ class CacheSpec:
                 f"sink frames must be fewer than the {self.capacity_frames} latent frames of the "
                 f"window, got {self.sink_frames}; lower the sink or raise the window"
             )
+        if self.int8_keys and not self.block_tokens:
+            raise ValueError("keys of eight bits need blocks, got block_tokens 0")
 
     def check_chunk(self, frames: int, visible_frames: int) -> None:
         """Raise if a chunk finds no room while so many frames are held.
@@ -200,6 +202,13 @@ class KVCache:
         self._next_victim = spec.sink_frames
         self._open_slots: list[int] = []
 
+    def restart(self) -> None:
+        """Empty again, for another video; what lies in the slots is never read before it is
+        written."""
+        self._slot_frames, self._open_slots = [], []
+        self._next_victim = self.spec.sink_frames
+        self._unpooled_layers.clear()
+
     @property
     def visible_frames(self) -> int:
         """Latent frames that attention sees, the open chunk included."""
@@ -261,7 +270,8 @@ class KVCache:
 
     def mark_written(self) -> None:
         """All layers of the open chunk were stored again without `write`: a recorded forward."""
-        self._unpooled_layers.update(range(self.spec.num_layers))
+        for stale in (self._unpooled_layers, self._unquantised_layers):
+            stale.update(range(self.spec.num_layers))
 
     def visible(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values that the open chunk attends to, each [B, S, H, D].

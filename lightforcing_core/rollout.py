@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ..kernels.checks import PROJECTED_KV_TOKENS
 from .attention import CachedAttention, ChunkAttention
 from .errors import Cancelled, UserError
-from .fast.attention import FastSparseAttention
 from .fast.engine import ForwardEngine
 from .kv_cache import CacheSpec, KVCache
 from .layout import chunk_lengths, context_lengths
@@ -313,17 +312,23 @@ def cache_spec(
 
 
 def _attention(
-    settings: RolloutSettings, spec: CacheSpec, device: torch.device, given_frames: int, fast: bool
+    settings: RolloutSettings,
+    spec: CacheSpec,
+    device: torch.device,
+    given_frames: int,
+    engine: ForwardEngine | None,
 ) -> tuple[KVCache, ChunkAttention]:
-    """The cache of a run, and the attention over it; `fast`: for a `ForwardEngine`."""
+    """The cache of a run, and the attention over it."""
     if settings.sparse is None:
         cache = KVCache(spec, device)
         return cache, CachedAttention(cache, Stopwatch(device))
+    timeline = settings.timeline(given_frames)
     backend = sparse_backend(settings.sparse, spec, device)
+    if engine is not None and spec.block_tokens <= PROJECTED_KV_TOKENS and not spec.int8_keys:
+        attend = engine.attention(spec, settings.sparse, timeline, backend, device)
+        return attend.cache, attend
     cache = KVCache(spec, device, backend.pool_blocks, backend.quantise_blocks)
-    projects = fast and spec.block_tokens <= PROJECTED_KV_TOKENS and not spec.int8_keys
-    kind = FastSparseAttention if projects else SparseAttention
-    return cache, kind(cache, settings.sparse, settings.timeline(given_frames), backend)
+    return cache, SparseAttention(cache, settings.sparse, timeline, backend)
 
 
 @torch.no_grad()
@@ -386,7 +391,7 @@ def rollout(
         given_frames=given_frames,
     )
     spec.check_chunks([*given_lengths, *lengths])
-    cache, attend = _attention(settings, spec, device, given_frames, engine is not None)
+    cache, attend = _attention(settings, spec, device, given_frames, engine)
     if sparse_for_chunk is not None and not isinstance(attend, SparseAttention):
         raise ValueError("settings by chunk need a run whose own settings are sparse")
     if isinstance(attend, SparseAttention):

@@ -100,7 +100,7 @@ def bench_rollout(
         methods = _methods(case, tree, text, device, sparse, vae)
         for name, run in methods.items():
             rows += _rows(case, name, run, repeats)
-        del tree, text, methods, vae
+        del tree, text, methods, vae, run
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return {"device": device_name(device), "versions": machine_facts(device), "rows": rows}
@@ -117,7 +117,7 @@ def _methods(
     """What is measured; on the CPU nothing is compiled."""
 
     def ours(settings: SparseSettings | None, speed: str | None) -> Callable[[], Run]:
-        engine = None if speed is None else engine_for(tree, speed)
+        engine = None if speed is None else engine_for(tree, speed, keep=True)
         return lambda: _ours(case, tree, text, _settings(case, settings), device, engine, vae)
 
     methods: dict[str, Callable[[], Run]] = {

@@ -68,6 +68,13 @@ class FastSparseAttention(SparseAttention):
         self._planned: set[int] = set()  # layers whose lists are this chunk's
         self._is_recorded = False
 
+    def restart(self, settings: SparseSettings, timeline: Timeline) -> None:
+        """Another video over the same cache, which has been emptied; addresses stay."""
+        self.cache.restart()
+        self.settings, self._timeline, self._off = settings, timeline, False
+        self._is_static = self._is_recorded = False
+        self._planned.clear()
+
     def begin_chunk(self, chunk: int | None) -> None:
         super().begin_chunk(chunk)
         self._planned.clear()

@@ -7,8 +7,9 @@ be compiled. With one plan a chunk that is three graphs for a whole video: the d
 pass that chooses blocks, and one that does not, the clean pass among the latter.
 
 Recordings belong to one run, whose cache they name, and go with it. What was compiled stays: an
-engine that makes the next video too need not run anything first. Weights must stay where they are
-while a run lasts.
+engine that makes the next video too need not run anything first. An engine that keeps its memory
+also keeps the cache and the recordings for the next video of the same size, which then records
+nothing. Weights must stay where they are while a run lasts, or an engine that keeps.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends import AttentionBackend
 from ..errors import UserError
+from ..kv_cache import CacheSpec, KVCache
+from ..schedule import Timeline
+from ..sparse_settings import SparseSettings
 from ..wan.forward import (
     PositionTable,
     RunBlock,
@@ -49,8 +54,7 @@ class _Recording:
     graph: torch.cuda.CUDAGraph
     x: Tensor
     timesteps: Tensor
-    cos: Tensor
-    sin: Tensor
+    positions: PositionTable
     velocity: Tensor
 
 
@@ -60,25 +64,27 @@ class _Name(NamedTuple):
     key: GraphKey
     shape: torch.Size
     dtype: torch.dtype
-    text: int
-
-    @property
-    def lasting(self) -> tuple[object, ...]:
-        """What does not change while recordings are of use."""
-        return self.key.generation, *self[1:]
 
 
 class ForwardEngine:
     """Stands in for `wan_forward` in a rollout."""
 
-    def __init__(self, tree: nn.Module, *, compiled: bool = True, graphs: bool = True) -> None:
+    def __init__(
+        self, tree: nn.Module, *, compiled: bool = True, graphs: bool = True, keep: bool = False
+    ) -> None:
         """
         Args:
             tree: Wan-shaped module tree, resident on a GPU.
             compiled: fuse what surrounds attention with torch.compile.
             graphs: record sparse forwards. Without a CUDA device nothing is recorded.
+            keep: hold the cache and the recordings from one video to the next; `release` frees
+                them.
         """
         self.tree = tree
+        self._keep = keep
+        self._kept: tuple[Hashable, FastSparseAttention] | None = None
+        self._text: TextContext | None = None
+        self._text_from: TextContext | None = None
         self._graphs = graphs and tree.patch_embedding.weight.device.type == "cuda"
         self._runner = block_runner(compiled=compiled)
         self._seen: set[Hashable] = set()
@@ -105,8 +111,34 @@ class ForwardEngine:
             yield
         finally:
             self._is_running = False
-            self._recordings.clear()
-            self._pool = None
+            if not self._keep:
+                self.release()
+
+    def release(self) -> None:
+        """Free what is held between videos."""
+        self._recordings.clear()
+        self._kept = self._text = self._text_from = self._pool = None
+
+    def attention(
+        self,
+        spec: CacheSpec,
+        settings: SparseSettings,
+        timeline: Timeline,
+        backend: AttentionBackend,
+        device: torch.device,
+    ) -> FastSparseAttention:
+        """Attention over a cache of this kind: new, or what the last video left."""
+        blocks = settings.query_block_tokens, settings.token_order
+        kind = spec, blocks, backend.name, str(device)
+        if self._kept is not None and self._kept[0] == kind:
+            self._kept[1].restart(settings, timeline)
+            return self._kept[1]
+        self.release()
+        cache = KVCache(spec, device, backend.pool_blocks)
+        attend = FastSparseAttention(cache, settings, timeline, backend)
+        if self._keep:
+            self._kept = kind, attend
+        return attend
 
     def __call__(
         self,
@@ -128,7 +160,8 @@ class ForwardEngine:
         if kind not in self._seen:
             self._seen.add(kind)
             return self._forward(x, timesteps, frame_indices, text, attend, positions)
-        name = _Name(key, x.shape, x.dtype, id(text))
+        name = _Name(key, x.shape, x.dtype)
+        text = self._held_text(text)
         recording = self._recordings.get(name)
         if recording is None:
             self._drop_others(name)
@@ -136,8 +169,8 @@ class ForwardEngine:
             self._recordings[name] = recording
         recording.x.copy_(x)
         recording.timesteps.copy_(timesteps)
-        recording.cos.copy_(positions.cos)
-        recording.sin.copy_(positions.sin)
+        recording.positions.cos.copy_(positions.cos)
+        recording.positions.sin.copy_(positions.sin)
         recording.graph.replay()
         attend.replayed()
         return recording.velocity.clone()
@@ -178,18 +211,34 @@ class ForwardEngine:
             attend.record(False)
         self._pool = self._pool or graph.pool()
         log.debug("recorded a forward as a CUDA graph")
-        return _Recording(graph, x, timesteps, held.cos, held.sin, velocity)
+        return _Recording(graph, x, timesteps, held, velocity)
+
+    def _held_text(self, text: TextContext) -> TextContext:
+        """The prompt at the addresses that recordings name."""
+        if self._text is None or self._text.keys[0].shape != text.keys[0].shape:
+            self._recordings.clear()
+            self._pool = None
+            self._text = TextContext(
+                tuple(x.clone() for x in text.keys), tuple(x.clone() for x in text.values)
+            )
+            self._text_from = text
+        elif self._text_from is not text:
+            for held, given in ((self._text.keys, text.keys), (self._text.values, text.values)):
+                torch._foreach_copy_(list(held), list(given))
+            self._text_from = text
+        return self._text
 
     def _drop_others(self, name: _Name) -> None:
-        """Forget recordings of other addresses, sizes or another text: they only hold memory."""
+        """Forget recordings of other addresses and sizes: they only hold memory."""
         for other in list(self._recordings):
-            if other.lasting != name.lasting:
+            old = other.key.generation not in (0, name.key.generation)
+            if (old and name.key.generation) or other[1:] != name[1:]:
                 del self._recordings[other]
         if not self._recordings:
             self._pool = None  # it went with the last graph that used it
 
 
-def engine_for(tree: nn.Module, speed: str | None) -> ForwardEngine | None:
+def engine_for(tree: nn.Module, speed: str | None, *, keep: bool = False) -> ForwardEngine | None:
     """The engine of a speed, one of `SPEEDS`; None: graphs on a GPU, plain elsewhere.
 
     Raises:
@@ -206,7 +255,7 @@ def engine_for(tree: nn.Module, speed: str | None) -> ForwardEngine | None:
         raise UserError(f"the speed '{speed}' needs a CUDA device, this run is on {weight.device}")
     if speed == "fp8":
         tree = with_eight_bit_linears(tree)
-    return ForwardEngine(tree, compiled=speed != "graphs")
+    return ForwardEngine(tree, compiled=speed != "graphs", keep=keep)
 
 
 def block_runner(*, compiled: bool = True) -> RunBlock:

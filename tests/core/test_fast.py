@@ -134,6 +134,30 @@ def test_every_chunks_passes_have_the_same_two_keys(
     assert len(sparse) == 4 * 4 - 1  # the last has no clean pass
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kept_recordings_make_the_same_videos() -> None:
+    """Bit for bit, for another prompt and seed too, and without recording anything again."""
+    torch.manual_seed(5)
+    config = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64, text_len=32)
+    tree = WanModel(config).requires_grad_(False).cuda().bfloat16()
+    settings = RolloutSettings(12, 3, sparse=SparseSettings(schedule=make_schedule(0.8)))
+    engine = ForwardEngine(tree, compiled=False, keep=True)
+    record = engine._record
+    recorded = []
+    engine._record = lambda *args: (recorded.append(1), record(*args))[1]
+    for seed in range(4):
+        with torch.no_grad():
+            text = prepare_text(tree, torch.randn(1, 20, 64).cuda().bfloat16())
+        videos = []
+        for one in (engine, ForwardEngine(tree, compiled=False, graphs=False)):
+            noise = SeededNoise(seed, (1, 16, 60, 104), torch.device("cuda"))
+            chunks = rollout(tree, settings, text, noise, engine=one)
+            videos.append(torch.cat([chunk.latents for chunk in chunks], 2))
+        assert torch.equal(*videos)
+    assert len(recorded) == 3 and engine.num_recordings == 3
+
+
 @pytest.mark.parametrize("engine", [False, True])
 def test_a_runs_cache_goes_with_it_at_once(
     tree: WanModel, text: TextContext, engine: bool, monkeypatch: pytest.MonkeyPatch
@@ -159,6 +183,25 @@ def test_a_runs_cache_goes_with_it_at_once(
         assert [cache() for cache in caches] == [None, None]
     finally:
         gc.enable()
+
+
+def test_an_engine_that_keeps_its_memory_makes_the_same_videos(
+    tree: WanModel, text: TextContext
+) -> None:
+    """One after the other, cancelled ones, other prompts and other sizes between them."""
+    engine = ForwardEngine(tree, compiled=False, keep=True)
+    with torch.no_grad():
+        other = prepare_text(tree, torch.randn(1, 3, 16))
+    for case in (SETTINGS, CASES["ring with sink"], SETTINGS):
+        for prompt in (text, other):
+            started = rollout(tree, case, prompt, SeededNoise(2, (1, 16, 8, 10)), engine=engine)
+            next(started), next(started)
+            started.close()
+            kept = made(tree, prompt, case, engine=engine)
+            fresh = made(tree, prompt, case, engine=ForwardEngine(tree, compiled=False))
+            for a, b in zip(kept, fresh, strict=True):
+                assert torch.equal(a.latents, b.latents)
+    engine.release()
 
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
