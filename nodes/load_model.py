@@ -64,8 +64,8 @@ class LoadModel(io.ComfyNode):
                     "weight_dtype",
                     options=list(_TYPES),
                     default="auto",
-                    tooltip="Number type the weights are kept in. auto: what suits the device. "
-                    "fp8_e4m3fn halves the memory of bfloat16 and costs some quality.",
+                    tooltip="Number type the weights are kept in. auto: bfloat16 where the device "
+                    "computes in it. fp8_e4m3fn halves that memory and costs some quality.",
                 ),
                 io.Combo.Input(
                     "lora",

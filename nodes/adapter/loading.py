@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import comfy.model_management
 import comfy.model_sampling
 import comfy.sd
 import torch
@@ -33,7 +33,8 @@ class ModelRequest:
         path: any layout of docs/CHECKPOINTS.md.
         family: name of the family when the user says it.
         loras: files and strengths, merged into the weights.
-        weight_dtype: None: ComfyUI chooses for the device.
+        weight_dtype: None: bfloat16, which these models are trained in, where the device computes
+            in it and ComfyUI was not started with another choice.
     """
 
     path: Path
@@ -71,7 +72,7 @@ def load_model(request: ModelRequest) -> LoadedPatcher:
         loras=loras,
         on_progress=lambda done, total: bar.update_absolute(100 * done // max(total, 1)),
     )
-    patcher = _build(state, request.weight_dtype)
+    patcher = _build(state, request.weight_dtype or _weight_dtype(checkpoint))
     # Multi-GPU and dynamic-memory copies are made by loading again.
     if hasattr(patcher, "cached_patcher_init"):
         patcher.cached_patcher_init = (_load_again, (request,))
@@ -97,11 +98,23 @@ def _check_host_can_build(checkpoint: Checkpoint) -> None:
         )
 
 
-def _build(state: dict[str, Tensor], dtype: torch.dtype | None) -> ModelPatcher:
-    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+def _weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    # ComfyUI takes the first type that the device is good at, and puts float16 first by itself.
+    order = [torch.bfloat16, torch.float16, torch.float32]
+    if next(iter(checkpoint.stored_types), "") == "float16":
+        order[:2] = [torch.float16, torch.bfloat16]
+    management = comfy.model_management
+    return management.unet_dtype(
+        device=management.get_torch_device(),
+        model_params=checkpoint.parameters,
+        supported_dtypes=order,
+    )
+
+
+def _build(state: dict[str, Tensor], dtype: torch.dtype) -> ModelPatcher:
     # The flag makes ComfyUI 0.21 and newer build its causal class; older ones ignore it.
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        state, model_options=options, metadata=file_metadata({})
+        state, model_options={"dtype": dtype}, metadata=file_metadata({})
     )
     if patcher is None:
         raise UserError(
