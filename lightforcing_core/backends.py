@@ -23,7 +23,9 @@ from .errors import UserError
 log = logging.getLogger("lightforcing")
 
 BACKENDS = ("auto", "triton", "gluon", "reference")
+QK_PRECISIONS = ("full", "int8")
 _TRITON_BLOCKS = (16, 32, 64, 128)
+_INT8_BLOCKS = ((64, 64), (128, 64), (128, 128))
 _GLUON_CAPABILITY = (9, 0)
 _GLUON_QUERY_BLOCK, _GLUON_KEY_BLOCKS = 128, (64, 128)
 _GPU_DTYPES = (torch.bfloat16, torch.float16)
@@ -45,6 +47,7 @@ class AttentionBackend:
     select_blocks: Callable[..., tuple[Tensor, Tensor]]
     block_sparse_attention: Callable[..., Tensor]
     project_blocks: Callable[..., tuple[Tensor, Tensor]]
+    quantise_blocks: Callable[..., None]
     query_block_tokens: int | None = None
     attend_variants: tuple[Callable[..., Tensor], ...] = ()
 
@@ -55,6 +58,7 @@ class AttentionJob:
 
     Attributes:
         query_block_is_free: nobody chose the query block; a backend may bring its own.
+        qk_precision: one of `QK_PRECISIONS`.
     """
 
     device: torch.device
@@ -63,6 +67,7 @@ class AttentionJob:
     query_block_tokens: int
     key_block_tokens: int
     query_block_is_free: bool = False
+    qk_precision: str = "full"
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ REFERENCE = AttentionBackend(
     reference.select_blocks,
     reference.block_sparse_attention,
     reference.project_blocks,
+    reference.quantise_blocks,
 )
 
 
@@ -155,6 +161,7 @@ def _triton() -> AttentionBackend:
         ops.select_blocks_triton,
         ops.block_sparse_attention_triton,
         ops.project_blocks_triton,
+        ops.quantise_blocks_triton,
         attend_variants=(ops.block_sparse_attention_triton,),
     )
 
@@ -187,6 +194,8 @@ def _gluon_obstacles(job: AttentionJob) -> list[str]:
         obstacles.append(
             f"its query blocks are {_GLUON_QUERY_BLOCK} tokens, asked were {job.query_block_tokens}"
         )
+    if job.qk_precision != "full":
+        obstacles.append(f"it has no {job.qk_precision} products")
     if job.dtype not in _GPU_DTYPES:
         obstacles.append(f"it cannot compute in {_plain(job.dtype)}")
     if job.key_block_tokens not in _GLUON_KEY_BLOCKS:
@@ -243,6 +252,13 @@ def _triton_obstacles(job: AttentionJob) -> list[str]:
             tokens in _TRITON_BLOCKS,
             f"its {kind} blocks are {_listed(_TRITON_BLOCKS)} tokens, asked were {tokens}",
         )
+    blocks = job.query_block_tokens, job.key_block_tokens
+    demand(
+        job.qk_precision == "full" or blocks in _INT8_BLOCKS,
+        f"its {job.qk_precision} products need query and key blocks of "
+        f"{' or '.join(f'{q} and {k}' for q, k in _INT8_BLOCKS)} tokens, asked were "
+        f"{blocks[0]} and {blocks[1]}",
+    )
     # Float32 has no tensor cores to speak of; only the interpreter, in tests, computes in it.
     can_compute = job.dtype in _GPU_DTYPES or (job.dtype == torch.float32 and _is_interpreted())
     demand(can_compute, f"it cannot compute in {_plain(job.dtype)}")

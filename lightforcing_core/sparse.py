@@ -56,6 +56,7 @@ def sparse_backend(
         query_block_tokens=settings.query_block(spec.frame_tokens),
         key_block_tokens=settings.key_block(spec.frame_tokens),
         query_block_is_free=settings.query_block_tokens is None,
+        qk_precision=settings.qk_precision,
     )
     return resolve_backend(settings.backend, job)
 
@@ -77,18 +78,24 @@ class SparseAttention:
     ) -> None:
         """
         Args:
-            cache: with blocks of the settings' key block size.
+            cache: with blocks of the settings' key block size, and keys of eight bits if they ask
+                for them.
             timeline: the chunks to come; more may come.
             backend: from `sparse_backend`.
 
         Raises:
-            UserError: the cache has other blocks.
+            UserError: the cache is another.
         """
         frame_tokens = cache.spec.frame_tokens
         if cache.spec.block_tokens != settings.key_block(frame_tokens):
             raise UserError(
                 f"the cache has key blocks of {cache.spec.block_tokens} tokens, sparse attention "
                 f"was set to {settings.key_block(frame_tokens)}; start a new run to change them"
+            )
+        if cache.spec.int8_keys != (settings.qk_precision == "int8"):
+            raise UserError(
+                f"the cache has {'' if cache.spec.int8_keys else 'no '}keys of eight bits, sparse "
+                f"attention was set to {settings.qk_precision} products; start a new run"
             )
         self.cache = cache
         self.settings = settings
@@ -193,8 +200,11 @@ class SparseAttention:
         with self._watch.span("select"):
             plan = self._plan(layer, q, prepared)
         self._counts.append(plan.kv_counts)
-        keys, values = self.cache.visible_slots(layer)
         with self._watch.span("attend"):
+            keys, values = self.cache.visible_slots(layer)
+            precision: dict[str, Tensor] = {}
+            if self.cache.spec.int8_keys:
+                keys, precision["k_scales"] = self.cache.visible_int8(layer)
             return self._backend.block_sparse_attention(
                 q,
                 keys,
@@ -203,6 +213,7 @@ class SparseAttention:
                 plan.kv_counts,
                 q_grid=self._q_grid,
                 kv_grid=self.cache.spec.grid,
+                **precision,
             )
 
     def statistics(self) -> AttentionStatistics:

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import schedule as schedules
 from . import selection as policies
-from .backends import BACKENDS
+from .backends import BACKENDS, QK_PRECISIONS
 from .errors import UserError
 from .layout import TOKEN_ORDERS, tile_order
 from .schedule import MAX_SPARSITY, GrowthSchedule, Timeline, chunk_sparsity
@@ -21,6 +21,7 @@ _FIXED_IN_A_RUN = {
     "query_block_tokens": "query block size",
     "key_block_tokens": "key block size",
     "token_order": "token order",
+    "qk_precision": "precision of query-key products",
     "backend": "backend",
 }
 
@@ -93,6 +94,9 @@ class SparseSettings:
             do not make up for it.
         keep_blocks: key blocks that each query block keeps in every chunk that the schedule does
             not leave dense, instead of what its sparsity comes to.
+        qk_precision: of the products of queries and keys in sparse passes: 'full', or 'int8', in
+            eight bits with keys less their mean; the rest stays in full. Dense passes are not
+            concerned.
         backend: see `backends.resolve_backend`.
     """
 
@@ -105,6 +109,7 @@ class SparseSettings:
     budgets: PassBudgets = field(default_factory=PassBudgets)
     dense_chunks: int = 0
     keep_blocks: int | None = None
+    qk_precision: str = "full"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -121,6 +126,11 @@ class SparseSettings:
         if self.token_order not in TOKEN_ORDERS:
             raise UserError(
                 f"no token order '{self.token_order}'; choose one of {', '.join(TOKEN_ORDERS)}"
+            )
+        if self.qk_precision not in QK_PRECISIONS:
+            raise UserError(
+                f"no precision '{self.qk_precision}' of query-key products; choose one of "
+                f"{', '.join(QK_PRECISIONS)}"
             )
         if self.backend not in BACKENDS:
             raise UserError(
@@ -145,7 +155,7 @@ class SparseSettings:
         """Raise if a run with these settings cannot go on with others.
 
         Raises:
-            UserError: other block sizes, another token order or backend.
+            UserError: other block sizes, another token order, precision or backend.
         """
         for name, title in _FIXED_IN_A_RUN.items():
             now, then = getattr(self, name), getattr(other, name)

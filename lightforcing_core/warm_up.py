@@ -79,8 +79,25 @@ def _sparse_chunks(
 
     rows = spec.batch, spec.num_heads, q_grid.blocks_per_segment
     counts = torch.zeros(rows, dtype=torch.int32, device=q.device)
+    precision: dict[str, Tensor] = {}
+    if spec.int8_keys:
+        shift = torch.zeros_like(keys[:, 0], dtype=torch.float32)
+        levels = torch.empty_like(keys, dtype=torch.int8)
+        scales = torch.empty_like(cache.key_scales[0][:, :, : spec.blocks_per_frame])
+        backend.quantise_blocks(keys, shift, spec.grid, out=levels, scales=scales)
+        keys = cache.int8_keys[0][:, :1].flatten(1, 2)
+        precision["k_scales"] = cache.key_scales[0][:, :, : spec.blocks_per_frame]
     for attend in backend.attend_variants:
-        attend(q, keys, values, counts[..., None], counts, q_grid=q_grid, kv_grid=spec.grid)
+        attend(
+            q,
+            keys,
+            values,
+            counts[..., None],
+            counts,
+            q_grid=q_grid,
+            kv_grid=spec.grid,
+            **precision,
+        )
 
 
 def _halvings(frames: int) -> list[int]:

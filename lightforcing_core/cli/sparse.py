@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _SPARSE_OPTIONS = (
     "base_sparsity", "schedule", "policy", "keep_frames", "keep_sink", "keep_near",
     "guarantee_sink", "guarantee_own_block", "query_block", "key_block", "token_order", "plan",
-    "backend",
+    "qk_precision", "backend",
 )  # fmt: skip
 _BENCHES = ("attention", "rollout", "vae")
 
@@ -113,6 +113,11 @@ def add_sparse_options(parser: argparse.ArgumentParser) -> None:
         help="choose blocks once a chunk (default), or anew in every pass as released",
     )
     group.add_argument(
+        "--qk-precision",
+        choices=("full", "int8"),
+        help="products of queries and keys: full (default), or in eight bits",
+    )
+    group.add_argument(
         "--backend",
         choices=("auto", "triton", "gluon", "reference"),
         help="who computes",
@@ -155,6 +160,7 @@ def sparse_settings(arguments: argparse.Namespace) -> SparseSettings | None:
         key_block_tokens=arguments.key_block,
         token_order=arguments.token_order or "raster",
         plan_steps=None if arguments.plan == "pass" else (0,),
+        qk_precision=arguments.qk_precision or "full",
         backend=arguments.backend or "auto",
     )
 

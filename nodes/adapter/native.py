@@ -108,11 +108,12 @@ class NativeRun:
             capacity_frames=total,
             block_tokens=choice.settings.key_block(frame_tokens),
             dtype=x.dtype,
+            int8_keys=choice.settings.qk_precision == "int8",
         )
         for cache in caches:
             cache["k"], cache["v"] = cache["k"][:, :0].clone(), cache["v"][:, :0].clone()
         backend = sparse_backend(choice.settings, spec, x.device)
-        self._cache = KVCache(spec, x.device, backend.pool_blocks)
+        self._cache = KVCache(spec, x.device, backend.pool_blocks, backend.quantise_blocks)
         self._choice = choice
         self._order = choice.settings.frame_order(
             height // tree.patch_size[1], width // tree.patch_size[2]

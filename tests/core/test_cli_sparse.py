@@ -52,6 +52,7 @@ def test_schedule_prints_writes_and_draws_the_published_curve(
         ["generate", PROMPT, "--out=x.mp4", "--plan=pass"],
         ["generate", PROMPT, "--out=x.mp4", "--token-order=tiles"],
         ["generate", PROMPT, "--out=x.mp4", "--sparsity=0.5", "--token-order=cubes"],
+        ["generate", PROMPT, "--out=x.mp4", "--qk-precision=int8"],
         ["generate", PROMPT, "--out=x.mp4", "--sparsity=0.5", "--schedule-values=0.1,0.2"],
         ["bench", "attention", "--device=nonsense"],
         ["bench", "attention", "--device=cuda:99"],
@@ -91,6 +92,17 @@ def test_generate_runs_sparse_and_says_how_sparse(tmp_path: Path) -> None:
         assert 0 <= 1 - chunk["sparsity"] - chunk["density"] < 0.05
         assert chunk["select_seconds"] > 0
         assert chunk["attend_seconds"] > 0
+
+
+def test_generate_runs_in_tiles_and_in_eight_bits(tmp_path: Path) -> None:
+    out, report = tmp_path / "a.mp4", tmp_path / "a.json"
+    arguments = [PROMPT, f"--out={out}", f"--json={report}", "--frames=21", "--device=cpu"]
+    options = ["--sparsity=0.5", "--token-order=tiles", "--qk-precision=int8"]
+    assert run("generate", *arguments, *options, "--backend=reference") == 0
+    said = json.loads(report.read_text())
+    assert said["settings"]["sparse"]["token_order"] == "tiles"
+    assert said["settings"]["sparse"]["qk_precision"] == "int8"
+    assert said["chunks"][1]["density"] < 1
 
 
 def test_dense_is_the_default_and_what_dense_asks_for(tmp_path: Path) -> None:

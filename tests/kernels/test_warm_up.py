@@ -125,8 +125,9 @@ def test_a_run_launches_what_was_compiled_and_all_of_it(
         sparse(Hierarchical(3, 1, 1), plan_steps=None),
         sparse(Hierarchical(), budgets=PassBudgets(first_step=-1, clean_pass=0.2, first_layers=1)),
         sparse(Hierarchical(), token_order="tiles", keep_blocks=2),
+        sparse(Hierarchical(), 64, qk_precision="int8"),
     ],
-    ids=["a plan in every pass", "budgets of passes and layers", "tiles"],
+    ids=["a plan in every pass", "budgets of passes and layers", "tiles", "eight bits"],
 )
 def test_every_kind_of_pass_is_prepared(settings: SparseSettings, recorder: Recorder) -> None:
     run(settings)
