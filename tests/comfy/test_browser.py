@@ -259,16 +259,31 @@ def test_a_preset_sets_the_sliders_it_rules(open_page: Callable[..., Page]) -> N
     assert page.value(SPARSE, "keep_frames") == 3
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_workflow_opens_as_its_api_twin(
-    path: Path, open_page: Callable[..., Page], tmp_path: Path
-) -> None:
+def test_workflows_open_as_their_api_twins(open_page: Callable[..., Page]) -> None:
     page = open_page()
-    page.load(path.stem)
-    opened = page.page.evaluate("async () => (await app.graphToPrompt()).output")
-    twin = json.loads((path.parent / "api" / path.name).read_text())
-    plain = [
-        {i: (n["class_type"], n["inputs"]) for i, n in graph.items()} for graph in (opened, twin)
-    ]
-    assert plain[0] == plain[1]
-    page.keep(f"workflow_{path.stem}")
+    for path in WORKFLOWS:
+        page.load(path.stem)
+        opened = page.page.evaluate("async () => (await app.graphToPrompt()).output")
+        twin = json.loads((path.parent / "api" / path.name).read_text())
+        plain = [
+            {i: (n["class_type"], n["inputs"]) for i, n in graph.items()}
+            for graph in (opened, twin)
+        ]
+        assert plain[0] == plain[1], path.stem
+        page.keep(f"workflow_{path.stem}")
+
+
+def test_nodes_of_a_subgraph_are_found(server: Any, open_page: Callable[..., Page]) -> None:
+    """Their ids on the server are paths: those of the nodes they lie in come first."""
+    page = open_page()
+    page.load("first_video", length=21, seed=204)
+    page.page.evaluate(
+        f"""() => {{
+            const inner = app.graph.nodes.filter((n) => ["{SPARSE}", "{STREAM}"].includes(n.type));
+            app.graph.convertToSubgraph(new Set(inner));
+            const outer = app.graph.nodes.find((n) => n.subgraph);
+            app.canvas.openSubgraph(outer.subgraph, outer);
+        }}"""
+    )
+    page.run()
+    page.until("document.querySelectorAll('.lightforcing-mark').length === 2")
