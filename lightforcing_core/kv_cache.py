@@ -208,6 +208,8 @@ class KVCache:
         self._slot_frames, self._open_slots = [], []
         self._next_victim = self.spec.sink_frames
         self._unpooled_layers.clear()
+        self._unquantised_layers.clear()
+        self._shifts.clear()
 
     @property
     def visible_frames(self) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lightforcing.lightforcing_core.backends import REFERENCE, AttentionJob, resolve_backend
 from lightforcing.lightforcing_core.errors import UserError
