@@ -20,9 +20,16 @@ export function widgetValues(node) {
   const values = {};
   for (const widget of node.widgets ?? []) {
     if (widget.options?.serialize === false || widget.serialize === false) continue;
-    values[widget.name] = widget.value;
+    values[widget.name] = linkedValue(node, widget.name) ?? widget.value;
   }
   return values;
+}
+
+/** The value of a primitive node that feeds a widget. */
+function linkedValue(node, name) {
+  const input = node.inputs?.find((slot) => slot.widget?.name === name);
+  if (input?.link == null) return undefined;
+  return node.graph?.getNodeById(link(node.graph, input.link)?.origin_id)?.widgets?.[0]?.value;
 }
 
 function link(graph, id) {

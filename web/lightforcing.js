@@ -38,6 +38,7 @@ app.registerExtension({
     api.addEventListener("lightforcing.frames", ({ detail }) => framesMade(detail));
     api.addEventListener("lightforcing.end", ({ detail }) => ended(detail));
     api.addEventListener("executed", ({ detail }) => executed(detail));
+    api.addEventListener("reconnected", restore);
     const { ok, data } = await askPresets();
     if (ok) presets = data;
     // Looking at values finds every change: dragged, typed, undone, made in either kind of node.

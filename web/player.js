@@ -1,6 +1,6 @@
 // Plays frames while they are made: strips of JPEG frames on a canvas.
 
-const MOST_FRAMES = 1200; // held in memory; the oldest go first
+const MOST_FRAMES = 320; // held in memory, up to 0.6 MB each; the oldest go first
 
 /** A canvas with a line of text below it, so many pixels high at least. */
 export function createPlayer(height) {
@@ -56,6 +56,14 @@ export function createPlayer(height) {
     timer = 0;
   }
 
+  /** Drop the first frames, and strips of which none is left. */
+  function forget(count) {
+    const old = new Set(frames.slice(0, count).map((frame) => frame.image));
+    frames = frames.slice(count);
+    for (const { image } of frames) old.delete(image);
+    for (const image of old) image.close();
+  }
+
   function append(strip, image) {
     if (looping) at = frames.length;
     looping = false;
@@ -63,9 +71,9 @@ export function createPlayer(height) {
       const { width, height } = strip;
       frames.push({ image, top: index * height, width, height });
     }
-    if (frames.length > MOST_FRAMES) {
-      const gone = frames.length - MOST_FRAMES;
-      frames = frames.slice(gone);
+    const gone = frames.length - MOST_FRAMES;
+    if (gone > 0) {
+      forget(gone);
       at = Math.max(at - gone, 0);
     }
     play();
@@ -76,6 +84,7 @@ export function createPlayer(height) {
     canvas,
     /** Leave the line of text alone, or show all again. */
     collapse(collapsed) {
+      if (collapsed) pause();
       canvas.style.display = collapsed ? "none" : "block";
       element.style.minHeight = collapsed ? "0" : `${height}px`;
     },
@@ -86,7 +95,7 @@ export function createPlayer(height) {
     start(framesPerSecond) {
       pause();
       generation += 1;
-      frames = [];
+      forget(frames.length);
       at = 0;
       looping = false;
       rate = framesPerSecond || 16;
@@ -94,18 +103,19 @@ export function createPlayer(height) {
     /** The next frames, { jpeg: base64, frames, width, height }; they play at once. */
     add(strip) {
       const mine = generation;
-      reading = reading.then(async () => {
+      const read = async () => {
         const image = await createImageBitmap(new Blob([bytes(strip.jpeg)], { type: "image/jpeg" }));
         if (mine === generation) append(strip, image);
-      });
-      return reading;
-    },
-    get size() {
-      return frames.length;
+        else image.close();
+      };
+      reading = reading
+        .then(read)
+        .catch((error) => console.error("Light Forcing: frames could not be shown", error));
     },
     remove() {
       pause();
-      frames = [];
+      generation += 1;
+      forget(frames.length);
       element.remove();
     },
   };
