@@ -55,8 +55,10 @@ class _FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_
     """Flow matching with a shift of its own, as ModelSamplingSD3 sets it."""
 
 
-def load_model(request: ModelRequest) -> LoadedPatcher:
+def load_model(request: ModelRequest, *, disable_dynamic: bool = False) -> LoadedPatcher:
     """Load a denoiser into ComfyUI's own model class, with its shift and its preset.
+
+    Args: disable_dynamic: newer versions of ComfyUI ask for a MODEL without dynamic memory.
 
     Raises:
         UserError: the file is no such denoiser, is damaged, or a LoRA does not fit.
@@ -72,7 +74,7 @@ def load_model(request: ModelRequest) -> LoadedPatcher:
         loras=loras,
         on_progress=lambda done, total: bar.update_absolute(100 * done // max(total, 1)),
     )
-    patcher = _build(state, request.weight_dtype or _weight_dtype(checkpoint))
+    patcher = _build(state, request.weight_dtype or _weight_dtype(checkpoint), disable_dynamic)
     # Multi-GPU and dynamic-memory copies are made by loading again.
     if hasattr(patcher, "cached_patcher_init"):
         patcher.cached_patcher_init = (_load_again, (request,))
@@ -83,9 +85,7 @@ def load_model(request: ModelRequest) -> LoadedPatcher:
 
 
 def _load_again(request: ModelRequest, disable_dynamic: bool = False) -> ModelPatcher:
-    # The class of the copy is ComfyUI's choice; nothing here depends on it.
-    del disable_dynamic
-    return load_model(request).patcher
+    return load_model(request, disable_dynamic=disable_dynamic).patcher
 
 
 def _check_host_can_build(checkpoint: Checkpoint) -> None:
@@ -111,10 +111,12 @@ def _weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
     )
 
 
-def _build(state: dict[str, Tensor], dtype: torch.dtype) -> ModelPatcher:
+def _build(state: dict[str, Tensor], dtype: torch.dtype, disable_dynamic: bool) -> ModelPatcher:
+    # Only versions that know the argument ask for it.
+    newer = {"disable_dynamic": True} if disable_dynamic else {}
     # The flag makes ComfyUI 0.21 and newer build its causal class; older ones ignore it.
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        state, model_options={"dtype": dtype}, metadata=file_metadata({})
+        state, model_options={"dtype": dtype}, metadata=file_metadata({}), **newer
     )
     if patcher is None:
         raise UserError(

@@ -208,6 +208,26 @@ def test_weights_and_arithmetic_may_be_narrow(model, prompt):
     assert 0 < error(sample(cast, prompt), wide) < 0.2
 
 
+def test_newer_versions_may_load_a_model_again(prompt, monkeypatch):
+    """For another GPU, or without dynamic memory: what they call gives the same MODEL."""
+    asked = []
+    build = comfy.sd.load_diffusion_model_state_dict
+
+    def recorded(*args, disable_dynamic=False, **kwargs):
+        asked.append(disable_dynamic)
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", recorded)
+    monkeypatch.setattr(
+        comfy.model_patcher.ModelPatcher, "cached_patcher_init", None, raising=False
+    )
+    model = run_node("LoadModel")[0]
+    load, arguments = model.cached_patcher_init
+    again = load(*arguments, disable_dynamic=True)
+    assert asked == [False, True] and again.model is not model.model
+    assert torch.equal(sample(again, prompt, frames=3), sample(model, prompt, frames=3))
+
+
 # ---- nothing is left behind
 
 
