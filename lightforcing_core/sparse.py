@@ -8,6 +8,8 @@ needs no reordering.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +25,9 @@ from .schedule import Timeline
 from .selection import KeyView, SelectionRule, fixed_blocks, own_blocks
 from .sparse_settings import SparseSettings
 from .stopwatch import Stopwatch
-from .warm_up import warm_up
+from .warm_up import launch_all
+
+log = logging.getLogger("lightforcing")
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,13 @@ class SparseAttention:
             variants = {rule.own_block for rule in rules if not rule.is_fixed}
         if settings_may_change:
             variants = {False, True}
-        warm_up(self._backend, self.cache, self._query_block_tokens, variants)
+        started = time.perf_counter()
+        self._launch_all(variants)
+        log.info("sparse attention: kernels ready after %.1f s", time.perf_counter() - started)
+
+    def _launch_all(self, own_block_variants: set[bool] | None) -> None:
+        """What `warm_up.launch_all` is asked for."""
+        launch_all(self._backend, self.cache, self._query_block_tokens, own_block_variants)
 
     def _rules_to_come(self) -> Iterator[SelectionRule | None]:
         """Of the planned chunks, each at its own sparsity."""

@@ -8,8 +8,6 @@ selection kernel's tile, which doubles as the history grows.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Collection
 
 import torch
@@ -19,16 +17,14 @@ from ..kernels.grid import BlockGrid
 from .backends import AttentionBackend
 from .kv_cache import KVCache
 
-log = logging.getLogger("lightforcing")
 
-
-def warm_up(
+def launch_all(
     backend: AttentionBackend,
     cache: KVCache,
     query_block_tokens: int,
     own_block_variants: Collection[bool] | None,
 ) -> None:
-    """Launch all that a run over a cache may need; logs the time it took.
+    """Launch all that a run over a cache may need.
 
     Args:
         backend: one that compiles (`attend_variants`).
@@ -36,14 +32,12 @@ def warm_up(
         own_block_variants: whether selections will name own blocks; empty: lists will need no
             scores; None: no chunk will be sparse.
     """
-    started = time.perf_counter()
     spec = cache.spec
     # Every commit pools keys, after dense chunks too.
     keys, values = (x[0][:, :1].flatten(1, 2) for x in (cache.keys, cache.values))
     backend.pool_blocks(keys, spec.grid, padded=True)
     if own_block_variants is not None:
         _sparse_chunks(backend, cache, keys, values, query_block_tokens, own_block_variants)
-    log.info("sparse attention: kernels ready after %.1f s", time.perf_counter() - started)
 
 
 def _sparse_chunks(

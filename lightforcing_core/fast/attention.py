@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...kernels.grid import BlockGrid
 from ..attention import dense_attention
 from ..backends import AttentionBackend
 from ..kv_cache import KVCache
@@ -74,6 +75,48 @@ class FastSparseAttention(SparseAttention):
         self.settings, self._timeline, self._off = settings, timeline, False
         self._is_static = self._is_recorded = False
         self._planned.clear()
+
+    def _launch_all(self, own_block_variants: set[bool] | None) -> None:
+        """The fused kernels too; leaves zeros in the first slot, which holds nothing yet."""
+        super()._launch_all(own_block_variants)
+        if not own_block_variants:
+            return
+        cache, spec = self.cache, self.cache.spec
+        q_grid = BlockGrid(spec.frame_tokens, self._query_block_tokens)
+        x = torch.zeros(
+            (spec.batch, spec.frame_tokens, spec.num_heads * spec.head_dim),
+            dtype=spec.dtype,
+            device=self._device,
+        )
+        angles = torch.zeros(spec.frame_tokens, spec.head_dim // 2, device=self._device)
+        own = torch.zeros(q_grid.blocks_per_segment, dtype=torch.int32, device=self._device)
+        _, pooled_q = self._backend.project_blocks(
+            x,
+            x,
+            x,
+            x[0, 0],
+            x[0, 0],
+            1e-6,
+            angles,
+            angles,
+            cache.keys[0],
+            cache.values[0],
+            cache.pooled_keys[0],
+            own[:1],
+            q_grid=q_grid,
+            kv_grid=spec.grid,
+        )
+        for has_own in own_block_variants:
+            self._backend.select_blocks(
+                pooled_q,
+                cache.pooled_keys[0],
+                blocks_per_segment=spec.blocks_per_frame,
+                roles=self._roles,
+                keep_candidates=0,
+                top_k=1,
+                own_blocks=own if has_own else None,
+                limits=self._limits,
+            )
 
     def begin_chunk(self, chunk: int | None) -> None:
         super().begin_chunk(chunk)

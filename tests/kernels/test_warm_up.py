@@ -12,6 +12,7 @@ from triton.runtime.jit import JITFunction
 from lightforcing.kernels import compile as compiling
 from lightforcing.kernels import triton_attention
 from lightforcing.kernels.launch import Launch
+from lightforcing.lightforcing_core.fast.engine import ForwardEngine
 from lightforcing.lightforcing_core.noise import SeededNoise
 from lightforcing.lightforcing_core.rollout import RolloutSettings, rollout
 from lightforcing.lightforcing_core.selection import (
@@ -64,7 +65,12 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def run(
-    settings: SparseSettings, *, batch: int = 1, may_change: bool = False, **changes: object
+    settings: SparseSettings,
+    *,
+    batch: int = 1,
+    may_change: bool = False,
+    fast: bool = False,
+    **changes: object,
 ) -> None:
     config = WanConfig(
         dim=128, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=6, freq_dim=16
@@ -77,6 +83,7 @@ def run(
         RolloutSettings(sparse=settings, **rest),
         text,
         SeededNoise(0, (batch, 16, 8, 10)),  # 20 tokens a frame
+        engine=ForwardEngine(tree, compiled=False) if fast else None,
         sparse_for_chunk=(lambda chunk: settings) if may_change else None,
     )
     for _ in chunks:
@@ -132,6 +139,19 @@ def test_a_run_launches_what_was_compiled_and_all_of_it(
 def test_every_kind_of_pass_is_prepared(settings: SparseSettings, recorder: Recorder) -> None:
     run(settings)
     assert recorder.variants == recorder.at_first_chunk
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("geometry", RUNS.values(), ids=RUNS)
+def test_an_engine_launches_nothing_else(
+    geometry: dict, policy: SelectionPolicy, recorder: Recorder
+) -> None:
+    """Its fused kernels, and those of chunks that it leaves to the plain path."""
+    run(sparse(policy, 64), fast=True, **geometry)
+    assert recorder.at_first_chunk is not None
+    assert recorder.variants - recorder.at_first_chunk == set()
+    fuses = any("project" in variant for variant in recorder.variants)
+    assert fuses == (policy.kind in ("hierarchical", "block_top_k"))
 
 
 def test_settings_that_may_change_find_every_policy_prepared(recorder: Recorder) -> None:
