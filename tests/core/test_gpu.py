@@ -14,6 +14,7 @@ from torch import Tensor
 from lightforcing.lightforcing_core.checkpoints.load import load_model
 from lightforcing.lightforcing_core.checkpoints.lora import load_lora
 from lightforcing.lightforcing_core.errors import Cancelled, UserError
+from lightforcing.lightforcing_core.fast.engine import ForwardEngine
 from lightforcing.lightforcing_core.kv_cache import CacheSpec, KVCache
 from lightforcing.lightforcing_core.noise import SeededNoise
 from lightforcing.lightforcing_core.rollout import RolloutSettings, cache_spec, rollout
@@ -177,7 +178,7 @@ def test_sparse_rollouts_agree_with_the_reference(backend: str, size: tuple[int,
 
 
 @pytest.mark.parametrize("own_block", [False, True])
-@pytest.mark.parametrize("backend", ["triton", "gluon"])
+@pytest.mark.parametrize("backend", ["triton", "gluon", "triton int8", "triton engine"])
 @pytest.mark.parametrize("size", [(64, 96), (60, 104)], ids=["1536 tokens", "1560 tokens"])
 def test_a_rollout_compiles_before_its_first_chunk(
     backend: str, size: tuple[int, int], own_block: bool
@@ -190,8 +191,12 @@ def test_a_rollout_compiles_before_its_first_chunk(
         triton_attention,
         triton_merge,
         triton_pooling,
+        triton_projection,
+        triton_quantisation,
         triton_selection,
     )
+
+    backend, _, kind = backend.partition(" ")
 
     kernels = (
         triton_attention.block_sparse_attention_kernel,
@@ -199,6 +204,8 @@ def test_a_rollout_compiles_before_its_first_chunk(
         triton_selection.block_scores_kernel,
         triton_selection.select_blocks_kernel,
         triton_merge.merge_parts_kernel,
+        triton_projection.project_blocks_kernel,
+        triton_quantisation.quantise_blocks_kernel,
         gluon_attention.block_sparse_attention_gluon_kernel,
     )
 
@@ -217,10 +224,12 @@ def test_a_rollout_compiles_before_its_first_chunk(
         query_block_tokens=128,
         key_block_tokens=64,
         plan_steps=None,
+        qk_precision="int8" if kind == "int8" else "full",
         backend=backend,
     )
     noise = SeededNoise(4, (1, 16, *size), torch.device("cuda"))
-    chunks = rollout(tree, RolloutSettings(36, 3, sparse=sparse), text, noise)
+    engine = ForwardEngine(tree, compiled=False) if kind == "engine" else None
+    chunks = rollout(tree, RolloutSettings(36, 3, sparse=sparse), text, noise, engine=engine)
     next(chunks)  # dense
     ready = compiled()
     assert sum(ready) > 0

@@ -95,19 +95,23 @@ def test_it_writes_into_a_part_of_a_cache(
 
 
 def case(
-    blocks: tuple[int, int], dtype: torch.dtype, device: torch.device, offset: float = 0.0
+    blocks: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    offset: float = 0.0,
+    dim: int = 64,
 ) -> dict[str, Any]:
     """300 queries in one segment over four slots of 100 keys; counts from 0 to 5."""
     q_grid, kv_grid = BlockGrid(300, blocks[0]), BlockGrid(100, blocks[1])
-    k, v = (slots(4, kv_grid, dtype, device) for _ in "kv")
-    k += offset * torch.randn(2, 1, 3, 64).to(device, dtype)
+    k, v = (slots(4, kv_grid, dtype, device, dim) for _ in "kv")
+    k += offset * torch.randn(2, 1, 3, dim).to(device, dtype)
     rows, total = q_grid.blocks_per_segment, 4 * kv_grid.blocks_per_segment
     order = torch.rand(2, 3, rows, total).argsort(3)
     width = min(total, 5)
     counts = torch.randint(0, width + 1, (2, 3, rows)).int()
     counts[0, 0, 0], counts[0, 0, 1] = 0, width
     return {
-        "q": torch.randn(2, 300, 3, 64).to(device, dtype),
+        "q": torch.randn(2, 300, 3, dim).to(device, dtype),
         "k": k,
         "v": v,
         "kv_indices": order[..., :width].sort(3).values.int().to(device),
@@ -150,12 +154,13 @@ def test_it_is_near_the_exact_result(
     assert (out[0, : blocks[0], 0] == 0).all()  # an empty list
 
 
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("blocks", INT8_BLOCK_SIZES, ids=str)
 def test_the_kernel_is_its_reference(
-    blocks: tuple[int, int], dtype: torch.dtype, device: torch.device
+    blocks: tuple[int, int], dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Which rounds the same queries: what is left is the rounding of float sums and weights."""
-    x = in_eight_bits(case(blocks, dtype, device))
+    x = in_eight_bits(case(blocks, dtype, device, dim=dim))
     x["q"][0, 5] = 0.0  # a row without a largest value
     expected = block_sparse_attention(**{**x, "q": x["q"].float(), "v": x["v"].float()}).double()
     tolerance = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
