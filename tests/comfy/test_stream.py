@@ -145,6 +145,22 @@ def test_a_stream_goes_on_from_a_picture(server: Any) -> None:
     assert of_kind(told, "start")[0]["plan"]["given_frames"] == 1
 
 
+def test_a_vae_of_core_decodes_a_stream(server: Any) -> None:
+    graph = workflow(
+        "first_video",
+        LoadModel={"model_name": "self_forcing_tiny.pt"},
+        StreamVideo={"length": 21, "seed": 107, "width": 64, "height": 64},
+    )
+    stream, load = find(graph, "StreamVideo"), find(graph, "LoadModel")
+    graph["embedded"] = copy.deepcopy(workflow("first_video")[load])
+    graph["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_vae.safetensors"}}
+    (prompt, _) = graph[stream]["inputs"]["positive"]
+    graph[prompt]["inputs"]["clip"] = ["embedded", 1]
+    graph[stream]["inputs"]["vae"] = ["vae", 0]
+    path = server.output(server.run(graph), stream)
+    assert imageio_ffmpeg.count_frames_and_secs(str(path))[0] == 21
+
+
 def test_a_stopped_stream_leaves_what_plays_under_a_name_that_says_so(server: Any) -> None:
     before = mp4_files(server)
 
