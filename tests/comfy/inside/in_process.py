@@ -423,6 +423,18 @@ def test_a_latent_image_may_be_denoised_in_part(model, prompt):
     assert errors[0] < 0.5 * errors[1]
 
 
+def test_a_batch_is_its_videos(model, prompt):
+    """The first of two is the one that is made alone, and the second another."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": prompt})
+    noise = torch.randn((2, 16, FRAMES, *LATENT), generator=torch.Generator().manual_seed(0))
+    sampler = sampling.ChunkSampler(sampling.ChunkSettings())
+    both = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas_of(model), seed=0)
+    both = model.model.process_latent_in(both)
+    assert error(both[:1], sample(model, prompt)) < 1e-4
+    assert error(both[1:], both[:1]) > 0.1
+
+
 def test_noise_rules_differ_and_repeat(model, prompt):
     videos = {rule: sample(model, prompt, noise=rule) for rule in sampling.NOISE_RULES}
     for rule, video in videos.items():
@@ -512,6 +524,23 @@ def test_other_models_are_refused_by_what_to_load():
     other.model.diffusion_model = Other()
     with pytest.raises(UserError, match=r"Other, not a Wan .*Self Forcing"):
         with_sparsity(other)
+
+
+def test_wan_models_of_other_kinds_are_refused():
+    """Image to video by its own encoder, or other latents: the tree says it before any run."""
+    from comfy.ldm.wan.model import WanModel
+
+    sizes = {"dim": 256, "ffn_dim": 64, "num_heads": 2, "num_layers": 1, "device": "meta"}
+    operations = comfy.ops.disable_weight_init
+    tree = ours("nodes.adapter.wan_tree").wan_tree
+    for own, message in (
+        ({"model_type": "i2v", "in_dim": 36}, "another kind of Wan model .*img_emb"),
+        ({"in_dim": 48, "out_dim": 48}, "48 latent channels .*expected 16"),
+    ):
+        other = torch.nn.Module()
+        other.diffusion_model = WanModel(**sizes, **own, operations=operations)
+        with pytest.raises(UserError, match=message):
+            tree(other)
 
 
 @pytest.mark.parametrize(
