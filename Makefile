@@ -1,16 +1,18 @@
 # Each command prints what it does; a second run of the same command is fast.
-.PHONY: help setup comfyui browser demo test lint clean train-embedded
+.PHONY: help setup comfyui browser demo ui test lint clean train-embedded
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PORT ?= 8188
 
 help:
 	@echo "make setup           create $(VENV) with torch and everything the tests need"
-	@echo "make comfyui         install a genuine ComfyUI for the tests (COMFYUI_PATH: use that one)"
+	@echo "make demo            ComfyUI makes output/demo.mp4 with the embedded model"
+	@echo "make ui              ComfyUI with these nodes for you, at port PORT (8188)"
+	@echo "make comfyui         install the ComfyUI of both (COMFYUI_PATH: use that one)"
 	@echo "make browser         install chromium for the tests of the page (Debian, as root)"
-	@echo "make demo            a prompt becomes output/demo.mp4 with the embedded model"
 	@echo "make lint            ruff and the import contract"
 	@echo "make test            lint and every test (tests marked gpu only where there is one)"
 	@echo "make train-embedded  train the embedded model again (one large GPU, about 20 minutes)"
@@ -26,11 +28,13 @@ $(STAMP): pyproject.toml .ci/install-torch
 	@touch $(STAMP)
 	@echo "== ready: $(BIN)/lightforcing doctor"
 
-demo: setup
-	@echo "== a prompt becomes output/demo.mp4"
+demo: comfyui
+	@echo "== workflows/api/first_video.json becomes output/demo.mp4"
 	@mkdir -p output
-	$(BIN)/lightforcing generate --seed 0 --out output/demo.mp4 --json output/demo.json \
-	    --prompt "a large red circle moves right quickly over a checkered slate background"
+	$(BIN)/python -m lightforcing.development demo --out output/demo.mp4 --json output/demo.json
+
+ui: comfyui
+	$(BIN)/python -m lightforcing.development ui --port $(PORT)
 
 lint: setup
 	@echo "== ruff, and who may import whom"

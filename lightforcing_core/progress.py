@@ -52,19 +52,23 @@ class ChunkProgress:
 
     def update(self, report: ChunkReport) -> None:
         """Show that a chunk is done."""
+        self.chunk_done(report.index, report.num_chunks, report.pixel_frames, report.seconds)
+
+    def chunk_done(self, index: int, num_chunks: int, pixel_frames: int, seconds: float) -> None:
+        """Show that a chunk is done, from its number (from 0), its frames and the time it took."""
         now = time.perf_counter()
         if not self._frames:
-            self._started = now - report.seconds
-        self._frames += report.pixel_frames
+            self._started = now - seconds
+        self._frames += pixel_frames
         rate = f"{self._frames / (now - self._started):.1f} frames/s"
-        done = report.index + 1
+        done = index + 1
         if not self._console.is_terminal:
-            self._console.print(f"chunk {done}/{report.num_chunks}: {rate}", highlight=False)
+            self._console.print(f"chunk {done}/{num_chunks}: {rate}", highlight=False)
         self._bar.update(
             self._task,
             completed=done,
-            total=report.num_chunks,
-            chunk=f"chunk {done}/{report.num_chunks}",
+            total=num_chunks,
+            chunk=f"chunk {done}/{num_chunks}",
             rate=rate,
             description="generating",
         )

@@ -11,18 +11,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("kernels", "lightforcing_core", "nodes", "training")
+ROOMS = ("kernels", "lightforcing_core", "nodes", "training", "development")
 FOREIGN = {
     "kernels": {"comfy", "comfy_api", "folder_paths", "server", "nodes"},
     "lightforcing_core": {"comfy", "comfy_api", "folder_paths", "server", "nodes", "triton"},
     "training": {"comfy", "comfy_api", "folder_paths", "server", "nodes", "triton"},
+    "development": {"comfy", "comfy_api", "folder_paths", "server", "nodes", "triton"},
 }
-# One way: nodes -> lightforcing_core -> kernels; training stands beside nodes.
+# One way: nodes -> lightforcing_core -> kernels; training and development stand beside nodes.
 FORBIDDEN_ROOMS = {
-    "kernels": {"lightforcing_core", "nodes", "training"},
-    "lightforcing_core": {"nodes", "training"},
-    "training": {"nodes"},
-    "nodes": {"training"},
+    "__init__.py": {"training", "development"},
+    "kernels": {"lightforcing_core", "nodes", "training", "development"},
+    "lightforcing_core": {"nodes", "training", "development"},
+    "training": {"nodes", "development"},
+    "nodes": {"training", "development"},
+    "development": {"kernels", "nodes", "training"},
 }
 
 
