@@ -32,28 +32,21 @@ def _scales(x, valid, width, num_heads, eps, ROWS: tl.constexpr, HEAD_DIM: tl.co
     rows = tl.arange(0, ROWS)[:, None]
     dims = tl.arange(0, HEAD_DIM)[None, :]
     squares = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    # Two heads in flight: one after the other the loop would wait for memory most of its time.
-    for head in range(0, num_heads, 2):
+    for head in range(num_heads):
         at = x + rows * width + head * HEAD_DIM + dims
-        first = tl.load(at, mask=valid, other=0.0).to(tl.float32)
-        exists = valid & (rows * 0 + head + 1 < num_heads)
-        second = tl.load(at + HEAD_DIM, mask=exists, other=0.0)
-        squares += first * first + second.to(tl.float32) * second.to(tl.float32)
+        part = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+        squares += part * part
     return tl.rsqrt(tl.sum(squares, 1) / width + eps)
 
 
 @triton.jit
-def _head_of(x, valid, width, head, num_heads, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _rotated_head(
+    x, weight, scale, cos, sin, valid, width, head, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Rows of one head, normalised and rotated, in the type of x."""
     rows = tl.arange(0, ROWS)[:, None]
     dims = tl.arange(0, HEAD_DIM)[None, :]
-    mask = valid & (rows * 0 + head < num_heads)
-    return tl.load(x + rows * width + head * HEAD_DIM + dims, mask=mask, other=0.0)
-
-
-@triton.jit
-def _rotated(part, weight, scale, cos, sin, head, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Rows of one head, normalised and rotated, in their own type."""
-    dims = tl.arange(0, HEAD_DIM)[None, :]
+    part = tl.load(x + rows * width + head * HEAD_DIM + dims, mask=valid, other=0.0)
     gain = tl.load(weight + head * HEAD_DIM + dims).to(part.dtype)
     normed = (part.to(tl.float32) * scale[:, None]).to(part.dtype) * gain
     even, odd = tl.split(normed.to(tl.float32).reshape(ROWS, HEAD_DIM // 2, 2))
@@ -114,11 +107,8 @@ def project_blocks_kernel(
         scale = _scales(x, q_valid, width, num_heads, eps, Q_BLOCK, HEAD_DIM)
         c, s = _angles(cos, sin, token, q_valid, Q_BLOCK, HEAD_DIM)
         pooled = pooled_q + (batch * num_heads * pooled_q_blocks + program) * HEAD_DIM + dims
-        coming = _head_of(x, q_valid, width, 0, num_heads, Q_BLOCK, HEAD_DIM)
         for head in range(num_heads):
-            part = coming
-            coming = _head_of(x, q_valid, width, head + 1, num_heads, Q_BLOCK, HEAD_DIM)
-            part = _rotated(part, weight_q, scale, c, s, head, Q_BLOCK, HEAD_DIM)
+            part = _rotated_head(x, weight_q, scale, c, s, q_valid, width, head, Q_BLOCK, HEAD_DIM)
             tl.store(out + q_rows * width + head * HEAD_DIM + dims[None, :], part, mask=q_valid)
             mean = tl.sum(part.to(tl.float32), 0) / count.to(tl.float32)
             tl.store(pooled + head * pooled_q_blocks * HEAD_DIM, mean)
@@ -140,11 +130,10 @@ def project_blocks_kernel(
             c, s = _angles(cos, sin, token, valid, KV_BLOCK, HEAD_DIM)
             in_cache = slot * kv_blocks_per_slot + slot_block
             pooled = pooled_k + (batch * num_heads * pooled_k_blocks + in_cache) * HEAD_DIM + dims
-            coming = _head_of(x, valid, width, 0, num_heads, KV_BLOCK, HEAD_DIM)
             for head in range(num_heads):
-                part = coming
-                coming = _head_of(x, valid, width, head + 1, num_heads, KV_BLOCK, HEAD_DIM)
-                part = _rotated(part, weight_k, scale, c, s, head, KV_BLOCK, HEAD_DIM)
+                part = _rotated_head(
+                    x, weight_k, scale, c, s, valid, width, head, KV_BLOCK, HEAD_DIM
+                )
                 tl.store(
                     keys + to + rows * width + head * HEAD_DIM + dims[None, :], part, mask=valid
                 )
