@@ -126,7 +126,8 @@ class ChunkStatistics:
         denoise_seconds: denoising forwards.
         clean_seconds: clean passes of what came before this chunk (previous chunk or given
             frames).
-        select_seconds, attend_seconds: of those forwards, in choosing blocks and in attending.
+        select_seconds, attend_seconds: of those forwards, in choosing blocks and in attending; what
+            an engine replays is not taken apart and not counted.
     """
 
     index: int
@@ -327,6 +328,8 @@ def _attention(
     if engine is not None and spec.block_tokens <= PROJECTED_KV_TOKENS and not spec.int8_keys:
         attend = engine.attention(spec, settings.sparse, timeline, backend, device)
         return attend.cache, attend
+    if engine is not None and spec.int8_keys:
+        log.info("eight-bit products: attention is neither fused with projections nor recorded")
     cache = KVCache(spec, device, backend.pool_blocks, backend.quantise_blocks)
     return cache, SparseAttention(cache, settings.sparse, timeline, backend)
 
