@@ -135,7 +135,7 @@ class LoadModel(io.ComfyNode):
             )
         )
         for note in loaded.notes:
-            log.warning(note)
+            log.warning(note.replace("--", ""))  # notes name the command's options: --family
         if model_name == EMBEDDED:
             return io.NodeOutput(loaded.patcher, embedded_clip(), embedded_vae())
         return io.NodeOutput(loaded.patcher, OwnPart.clip(model_name), OwnPart.vae(model_name))

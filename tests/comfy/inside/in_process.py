@@ -186,6 +186,15 @@ def test_the_file_says_how_to_sample(prompt):
     assert float(model.get_model_object("model_sampling").shift) == 5.0
 
 
+def test_what_a_user_should_know_of_a_file_is_logged(caplog):
+    run_node("LoadModel", model_name="tiny_wan.safetensors")
+    assert "which family these weights are of is not known" in caplog.text
+    assert "choose: family self_forcing" in caplog.text
+    caplog.clear()
+    run_node("LoadModel", model_name="tiny_wan.safetensors", family="longlive")
+    assert "give the LoRA too (lora)" in caplog.text
+
+
 def test_lora_loaders_act(model, prompt):
     weight = "blocks.0.ffn.0.weight"
     shape = dict(model.model.diffusion_model.named_parameters())[weight].shape
