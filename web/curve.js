@@ -127,7 +127,9 @@ function fill(svg, width, { forecast, marks, status }) {
   svg.append(plan);
   if (status) {
     const line = make("text", { x: PLOT.left, y: HEIGHT - 7, "font-size": 11 });
-    line.append(word("○ ", USED), word(status, "var(--input-text)"));
+    const whole = make("title"); // what the node is too narrow for
+    whole.textContent = status;
+    line.append(word("○ ", USED), word(status, "var(--input-text)"), whole);
     line.classList.add("lightforcing-status");
     svg.append(line);
   }
