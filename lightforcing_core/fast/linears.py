@@ -64,15 +64,16 @@ class EightBitFeedForward(nn.Module):
     def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
         super().__init__()
         self.first, self.second = EightBitLinear(first), EightBitLinear(second)
+        # torch.compile would read the wide activations twice and take three times as long. Marked
+        # here and not where it is defined: the mark alone imports half of torch.
+        self._round = torch.compiler.disable(_gelu_round)
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded, scale = _gelu_round(self.first(x).flatten(0, -2))
+        rounded, scale = self._round(self.first(x).flatten(0, -2))
         return self.second.multiply(rounded, scale).unflatten(0, x.shape[:-1])
 
 
-@torch.compiler.disable
 def _gelu_round(x: Tensor) -> tuple[Tensor, Tensor]:
-    # Inductor would read the wide activations twice and take three times as long.
     from ...kernels.ops import gelu_round_rows_triton
 
     return gelu_round_rows_triton(x)
