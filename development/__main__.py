@@ -1,4 +1,4 @@
-"""`python -m lightforcing.development demo` and `... ui`: a genuine ComfyUI with this pack.
+"""`python -m lightforcing.development demo|ui|locales`: a genuine ComfyUI with this pack.
 
 Exit status: 0 success, 2 a failure (one line on stderr), 130 interrupted.
 """
@@ -28,8 +28,9 @@ from ..lightforcing_core.cli.common import (
 from ..lightforcing_core.errors import UserError
 from ..lightforcing_core.outputs import check_output
 from ..lightforcing_core.progress import ChunkProgress
-from .comfy_server import HOST, PACK, Server, comfy_tree, make_base, running_server
+from .comfy_server import HOST, PACK, ROOT, Server, comfy_tree, make_base, running_server
 from .demo import WORKFLOW, make_video
+from .locales import node_texts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--base", type=Path, default=Path("output/comfyui"), help="its models, input and output"
     )
     ui.set_defaults(run=_ui)
+    locales = commands.add_parser("locales", help="write locales/en from the nodes")
+    locales.set_defaults(run=_locales)
     arguments = parser.parse_args(argv)
     # The server must be stopped however this ends.
     signal.signal(signal.SIGTERM, _interrupt)
@@ -112,6 +115,20 @@ def _run_demo(server: Server, graph: dict, arguments: argparse.Namespace) -> Non
         f"{report['device']}, mean density of a chunk {density:.2f}) by ComfyUI "
         f"{report['comfyui']['version']}"
     )
+
+
+def _locales(arguments: argparse.Namespace) -> None:
+    base = Path(tempfile.mkdtemp(prefix="lightforcing-locales-"))
+    try:
+        make_base(base)
+        with running_server(comfy_tree(), base, log=base / "comfyui.log") as server:
+            server.check_pack()
+            texts = node_texts(server.ask("/object_info")[1])
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+    path = ROOT / "locales" / "en" / "nodeDefs.json"
+    path.write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n")
+    say(f"{path}: {len(texts)} nodes")
 
 
 def _ui(arguments: argparse.Namespace) -> None:
