@@ -159,11 +159,11 @@ def test_it_is_near_the_exact_result(
 def test_the_kernel_is_its_reference(
     blocks: tuple[int, int], dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Which rounds the same queries: what is left is the rounding of float sums and weights."""
+    """Which rounds the same queries, but where one lies half-way between two levels."""
     x = in_eight_bits(case(blocks, dtype, device, dim=dim))
     x["q"][0, 5] = 0.0  # a row without a largest value
     expected = block_sparse_attention(**{**x, "q": x["q"].float(), "v": x["v"].float()}).double()
-    tolerance = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    tolerance = {torch.float32: 3e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     assert relative_error(block_sparse_attention_triton(**x), expected) <= tolerance
 
 
