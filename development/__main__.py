@@ -151,8 +151,11 @@ def _ui(arguments: argparse.Namespace) -> None:
             f"log     {log}\n"
             "stop    Ctrl-C"
         )
-        while server.process.poll() is None:
-            time.sleep(0.5)
+        try:
+            while server.process.poll() is None:
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            return
         raise UserError(f"ComfyUI has ended; {server.last_words()}")
 
 
