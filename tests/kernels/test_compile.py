@@ -90,7 +90,8 @@ from lightforcing.kernels.compile import compile_launch, launches
 found = launches(90)
 texts = {}
 for name in found:
-    if name.startswith("attention d128 q128 k64"):
+    # Eight-bit products do wait for each other there, and are said to (docs/KERNELS.md).
+    if name.startswith("attention d128 q128 k64") and "int8" not in name:
         compiled, log = compile_launch(found[name](), 90)
         texts[name] = compiled.asm["ptx"]
         # ptxas says so when it has to make asynchronous products wait for each other.
