@@ -113,6 +113,8 @@ class ChunkSamplerNode(io.ComfyNode):
             inputs=chunk_inputs(),
             outputs=[io.Sampler.Output(display_name="SAMPLER")],
             hidden=[io.Hidden.unique_id],
+            # Its result names the node, which a cached one of another node would not.
+            not_idempotent=True,
             search_aliases=["self forcing sampler", "ar sampler", "autoregressive", "causal video"],
         )
 

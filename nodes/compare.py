@@ -131,6 +131,7 @@ class Compare(io.ComfyNode):
                 watch=run.watch,
                 callback=bar.step,
                 also_load=[decoder.patcher],
+                also_bytes=decoder.pass_bytes(*image.shape[3:]),
             )
             bar.next_run()
             return run

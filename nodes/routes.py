@@ -22,7 +22,7 @@ from ..lightforcing_core.sparse_settings import SparseSettings
 from .live import LiveRun, LiveRuns, RunPlan
 
 _RUNS = web.AppKey("lightforcing_runs", LiveRuns)
-_MOST_FRAMES = 2000  # latent frames a forecast is made for
+_MOST_FRAMES = 4096  # latent frames a forecast is made for
 # From a Sparse Attention node's widgets to its settings and its switch.
 ReadSettings = Callable[[Mapping[str, Any]], tuple[SparseSettings, bool]]
 # (lowest, highest) of what a forecast is asked for beside the settings.
@@ -32,8 +32,8 @@ _VIDEO = {
     "window_frames": (-1, _MOST_FRAMES),
     "given_frames": (0, _MOST_FRAMES),
     "frame_tokens": (1, 1_000_000),
-    "num_layers": (1, 1000),
-    "num_steps": (1, 1000),
+    "num_layers": (1, 100),
+    "num_steps": (1, 50),
 }
 
 
@@ -103,10 +103,11 @@ async def _answer(
             raise UserError(f"expected a JSON object, got {type(body).__name__}")
         # In a thread: a long video's forecast takes longer than the server may stand still.
         return await asyncio.to_thread(handle, body)
-    except json.JSONDecodeError as error:
-        return _refuse(f"the request is not JSON: {error}", 400)
     except UserError as error:
         return _refuse(str(error), 400)
+    # Not UTF-8, nested too deep, a number too long: JSON's own error is a ValueError as well.
+    except (ValueError, RecursionError) as error:
+        return _refuse(f"the request is not JSON: {error}", 400)
 
 
 def _refuse(message: str, status: int) -> web.Response:

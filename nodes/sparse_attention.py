@@ -300,6 +300,8 @@ class SparseAttention(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="MODEL")],
             hidden=[io.Hidden.unique_id],
+            # Its result names the node, which a cached one of another node would not.
+            not_idempotent=True,
             search_aliases=["sparse attention", "block sparse", "light forcing", "faster wan"],
         )
 

@@ -197,6 +197,7 @@ class StreamVideo(io.ComfyNode):
             watch=watch,
             callback=lambda step, clean, noisy, total: bar.update_absolute(step + 1, total),
             also_load=[decoder.patcher],
+            also_bytes=decoder.pass_bytes(*latent_image.shape[3:]),
         )
         saved = ui.SavedResult(path.name, subfolder, io.FolderType.output)
         return io.NodeOutput(

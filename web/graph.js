@@ -25,11 +25,12 @@ export function widgetValues(node) {
   return values;
 }
 
-/** The value of a primitive node that feeds a widget. */
+/** The value of a primitive node that feeds a widget; other nodes' values are known when they run. */
 function linkedValue(node, name) {
   const input = node.inputs?.find((slot) => slot.widget?.name === name);
   if (input?.link == null) return undefined;
-  return node.graph?.getNodeById(link(node.graph, input.link)?.origin_id)?.widgets?.[0]?.value;
+  const source = node.graph?.getNodeById(link(node.graph, input.link)?.origin_id);
+  return source?.type?.startsWith("Primitive") ? source.widgets?.[0]?.value : undefined;
 }
 
 function link(graph, id) {

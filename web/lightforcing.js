@@ -175,6 +175,7 @@ async function send(id, state, values) {
   state.sending = true;
   const { ok, status, data } = await sendSettings(id, values);
   state.sending = false;
+  if (status === 0) run.sent = null; // it never arrived: the next look at the sliders sends it again
   if (state.run !== run || status === 404) return; // over in the meantime
   state.status = ok ? `from chunk ${data.next_chunk + 1} on: as set now` : data.error;
   redraw(state);

@@ -9,6 +9,7 @@ frames [B, t, 3, 8 h, 8 w], RGB in [0, 1]. A stream of T latent frames is 1 + 4 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,6 +20,8 @@ from ..errors import UserError
 from .latent_stats import LATENT_CHANNELS, denormalise_latents, normalise_latents
 from .taehv import FRAMES_TO_TRIM, TAEHV, TAEHVDecoderState, TAEHVEncoderState
 from .wan_vae import WanVAE, WanVAEState
+
+log = logging.getLogger("lightforcing")
 
 FRAMES_PER_LATENT = 4
 SPATIAL_SCALE = 8
@@ -99,10 +102,11 @@ def _unit_range(frames: Tensor) -> Tensor:
 
 
 def _out_of_memory(what: str, latents: int) -> UserError:
-    do = "take a smaller size, LightVAE or a TAEHV file"
-    if latents > 1:
-        do = f"set latents_per_pass below {latents}, or {do}"
-    return UserError(f"the GPU ran out of memory {what} {latents} latent frames at once; {do}")
+    at_once = "one latent frame" if latents == 1 else f"{latents} latent frames at once"
+    return UserError(
+        f"the GPU ran out of memory {what} {at_once}; take a smaller size, a shorter window, "
+        "LightVAE or a TAEHV file"
+    )
 
 
 def _state_bytes(tensors: tuple[Tensor, ...]) -> int:
@@ -159,19 +163,30 @@ class StreamingDecoder:
 
         Raises:
             ValueError: the shape is not as above, or differs from the calls before.
-            UserError: the GPU ran out of memory. The stream is then where it was before the pass
-                that failed.
+            UserError: the GPU ran out of memory, with a single latent frame too. The stream is then
+                where it was before the pass that failed.
         """
         shape = latents.shape
         if latents.ndim != 5 or shape[1] != LATENT_CHANNELS or shape[2] < 1:
             raise ValueError(f"latents must be [B, {LATENT_CHANNELS}, T, h, w], got {list(shape)}")
         self._check_same_stream(latents)
         parts = []
-        for part in latents.split(self._latents_per_pass, dim=2):
+        done = 0
+        while done < latents.shape[2]:
+            part = latents[:, :, done : done + self._latents_per_pass]
             try:
                 parts.append(self._decode_pass(part.to(self._vae.device, self._vae.dtype)))
             except torch.cuda.OutOfMemoryError as error:
-                raise _out_of_memory("decoding", part.shape[2]) from error
+                if part.shape[2] == 1:
+                    raise _out_of_memory("decoding", 1) from error
+                log.warning(
+                    "decoding %d latent frames at once does not fit the GPU's memory; going on "
+                    "one by one, with the same result",
+                    part.shape[2],
+                )
+                self._latents_per_pass = 1
+                continue
+            done += part.shape[2]
         return torch.cat(parts, dim=1)
 
     def _check_same_stream(self, latents: Tensor) -> None:

@@ -69,6 +69,10 @@ def embedded_vae() -> PackVAE:
     return PackVAE(load_vae(EMBEDDED_VAE))
 
 
+class MissingPartError(UserError, AttributeError):
+    """An attribute error too, so that whoever only asks what an object can do gets an answer."""
+
+
 class OwnPart:
     """Stands where a checkpoint of the user's own brings no CLIP or VAE; any use is an error."""
 
@@ -95,4 +99,4 @@ class OwnPart:
         # Copying and printing ask for names of their own, and must not fail.
         if name.startswith("__"):
             raise AttributeError(name)
-        raise UserError(self._message)
+        raise MissingPartError(self._message)

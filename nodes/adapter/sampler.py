@@ -128,9 +128,18 @@ class ChunkSampler(comfy.samplers.Sampler):
     The length of the video is that of the latent image. Guidance must be 1.
     """
 
-    def __init__(self, settings: ChunkSettings, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        settings: ChunkSettings,
+        watch: Watch | None = None,
+        also_load: Sequence[ModelPatcher] = (),
+        also_bytes: int = 0,
+    ) -> None:
+        """The last two as in `sample_chunks`."""
         self.settings = settings
         self.watch = watch
+        self.also_load = tuple(also_load)
+        self.also_bytes = also_bytes
 
     def sample(
         self,
@@ -181,7 +190,14 @@ class ChunkSampler(comfy.samplers.Sampler):
             dtype=dtype,
             given_frames=given_frames,
         )
-        reserve(patcher, spec.total_bytes, noise.shape, settings.frames_per_chunk)
+        reserve(
+            patcher,
+            spec.total_bytes,
+            noise.shape,
+            settings.frames_per_chunk,
+            self.also_load,
+            self.also_bytes,
+        )
         source = self._noise(settings, noise, extra_args.get("seed"), given_frames)
         if sigmas[0] < 1 and latent_image is not None:
             source = PartialNoise(source, latent_image, float(sigmas[0]))
@@ -329,6 +345,7 @@ def sample_chunks(
     watch: Watch | None = None,
     callback: StepCallback | None = None,
     also_load: Sequence[ModelPatcher] = (),
+    also_bytes: int = 0,
 ) -> Tensor:
     """Make a video with a MODEL, chunk by chunk, without SamplerCustomAdvanced.
 
@@ -341,6 +358,7 @@ def sample_chunks(
         watch: follows the run: gets every chunk as it is done, and may change its sparsity.
         callback: told of every denoising step: (step, clean latents, noisy latents, all steps).
         also_load: patchers that must be on the device during the run (a VAE that decodes it).
+        also_bytes: that those take beside their weights.
 
     Returns:
         Latents as VAE Decode takes them (not normalised), float32 [B, 16, F, h, w].
@@ -356,6 +374,6 @@ def sample_chunks(
     guider.inner_set_conds({"positive": positive})
     latent_image = comfy.sample.fix_empty_latent_channels(model, latent_image)
     noise = comfy.sample.prepare_noise(latent_image, seed)
-    sampler = ChunkSampler(settings, watch)
+    sampler = ChunkSampler(settings, watch, also_load, also_bytes)
     samples = guider.sample(noise, latent_image, sampler, sigmas, callback=callback, seed=seed)
     return samples.to(comfy.model_management.intermediate_device())

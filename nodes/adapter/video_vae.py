@@ -30,8 +30,11 @@ from ...lightforcing_core.vae.streaming import (
 )
 
 _DO = "load wan_2.1_vae, a LightVAE or a TAEHV file for Wan 2.1 with Load VAE"
-# Bytes of activations per latent pixel and byte of the number type, measured by ComfyUI.
-_WAN_BYTES, _TAEHV_BYTES = 7000 * 64, 50 * 1024
+# Bytes of tensors per latent pixel and byte of the number type, in a pass of
+# DEFAULT_LATENTS_PER_PASS, what is kept between passes included: 7 and 1.3 GiB at 832x480 in
+# bfloat16, LightVAE 1.7.
+_WAN_BYTES, _LIGHT_BYTES, _TAEHV_BYTES = 600_000, 150_000, 110_000
+_LIGHT_DIM = 32  # last width of a decoder; the full Wan VAE has 96, LightVAE 24
 
 
 class StreamingVAE:
@@ -68,7 +71,10 @@ class StreamingVAE:
 
     def pass_bytes(self, latent_height: int, latent_width: int) -> int:
         """Bytes that one pass takes beside the weights."""
-        each = _WAN_BYTES if self.video_vae.kind == "wan" else _TAEHV_BYTES
+        network = self.video_vae.network
+        each = _TAEHV_BYTES
+        if isinstance(network, WanVAE):
+            each = _LIGHT_BYTES if network.config.decoder_widths[-1] <= _LIGHT_DIM else _WAN_BYTES
         size = torch.empty((), dtype=self.dtype).element_size()
         return each * latent_height * latent_width * size
 

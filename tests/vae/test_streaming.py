@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -240,8 +241,31 @@ def test_running_out_of_gpu_memory_names_the_way_out(monkeypatch: pytest.MonkeyP
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(vae.network, "decode", exhausted)
-    with pytest.raises(UserError, match=r"decoding 3 latent frames.*latents_per_pass below 3"):
+    with pytest.raises(UserError, match=r"decoding one latent frame; take a smaller size"):
         vae.new_decoder().decode(torch.zeros(1, 16, 6, 2, 2))
+
+
+def test_what_does_not_fit_at_once_is_decoded_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    vae = wan()
+    latents = torch.randn(1, 16, 7, 2, 2)
+    expected = vae.new_decoder().decode(latents)
+    decode = vae.network.decode
+    passes = []
+
+    def small(part: Tensor, state: Any) -> Any:
+        passes.append(part.shape[2])
+        # The second pass fails: the stream must go on from where the first one left it.
+        if part.shape[2] > 1 and len(passes) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return decode(part, state)
+
+    monkeypatch.setattr(vae.network, "decode", small)
+    got = vae.new_decoder().decode(latents)
+    assert passes == [3, 3, 1, 1, 1, 1]
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert caplog.text.count("one by one") == 1
 
 
 # Loading

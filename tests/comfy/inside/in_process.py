@@ -775,3 +775,38 @@ def test_the_growth_schedule_is_a_picture_and_a_list():
     picture, sparsities = run_node("GrowthSchedule", length=81, width=768, height=512)
     assert picture.shape == (1, 540, 960, 3) and 0 <= picture.min() < picture.max() <= 1
     assert len(sparsities) == 7 and sparsities[0] == 0 and sparsities == sorted(sparsities)
+
+
+def test_a_missing_clip_or_vae_is_an_error_only_to_who_uses_it() -> None:
+    """ComfyUI asks every output whether it can say its size; that must not end in an error."""
+    part = ours("nodes.adapter.embedded").OwnPart.vae("sf.pt")
+    assert not hasattr(part, "get_ram_usage") and getattr(part, "anything", 7) == 7
+    with pytest.raises(UserError, match=r"'sf\.pt' holds no VAE"):
+        part.decode(None)
+
+
+def test_making_room_for_the_cache_keeps_the_vae_that_the_run_needs(monkeypatch) -> None:
+    memory = ours("nodes.adapter.memory")
+    asked = []
+    management = comfy.model_management
+    monkeypatch.setattr(management, "get_free_memory", lambda *_: 10)
+    monkeypatch.setattr(
+        management, "load_models_gpu", lambda models, **kinds: asked.append((models, kinds))
+    )
+
+    class Patcher:
+        load_device = torch.device("cpu")
+
+        def memory_required(self, shape) -> int:
+            assert shape == [1, 16, 3, 8, 16]
+            return 100
+
+    model, vae = Patcher(), Patcher()
+    memory.reserve(model, 1000, (1, 16, 21, 8, 16), 3, [vae], 20)
+    assert asked == [([model, vae], {"memory_required": 1120})]
+
+
+def test_two_nodes_of_equal_inputs_do_not_share_a_result() -> None:
+    """A MODEL names the node whose sliders act on it, and so does a SAMPLER."""
+    for name in ("SparseAttention", "ChunkSampler"):
+        assert NODES[f"LightForcing{name}"].GET_SCHEMA().not_idempotent
