@@ -33,7 +33,7 @@ app.registerExtension({
   },
 
   async setup() {
-    api.addEventListener("lightforcing.start", ({ detail }) => started(detail));
+    api.addEventListener("lightforcing.start", ({ detail }) => started(detail, true));
     api.addEventListener("lightforcing.chunk", ({ detail }) => chunkDone(detail));
     api.addEventListener("lightforcing.frames", ({ detail }) => framesMade(detail));
     api.addEventListener("lightforcing.end", ({ detail }) => ended(detail));
@@ -171,12 +171,14 @@ async function send(id, state, values) {
   const key = JSON.stringify(values);
   if (key === state.run.sent) return;
   const { run } = state;
+  const isFirst = run.sent === null;
   run.sent = key;
   state.sending = true;
   const { ok, status, data } = await sendSettings(id, values);
   state.sending = false;
   if (status === 0) run.sent = null; // it never arrived: the next look at the sliders sends it again
   if (state.run !== run || status === 404) return; // over in the meantime
+  if (isFirst && ok) return;
   state.status = ok ? `from chunk ${data.next_chunk + 1} on: as set now` : data.error;
   redraw(state);
 }
@@ -193,9 +195,10 @@ function* concerned(nodeIds, parts) {
   }
 }
 
-function started(run) {
+/** `isNew`: sliders may have moved since Run was pressed, so their values are sent once. */
+function started(run, isNew) {
   for (const [, node, state] of concerned(run.node_ids, curves)) {
-    state.run = { id: run.run_id, sent: JSON.stringify(widgetValues(node)) };
+    state.run = { id: run.run_id, sent: isNew ? null : JSON.stringify(widgetValues(node)) };
     state.plan = forecastPlan(run.plan);
     state.marks = marksOf(run);
     state.status = "running";
@@ -303,7 +306,7 @@ async function restore() {
   const { ok, data } = await askRuns();
   if (!ok) return;
   for (const run of data.runs) {
-    started(run);
+    started(run, false);
     const last = run.chunks.at(-1);
     if (last) chunkDone({ ...last, node_ids: run.node_ids, run_id: run.run_id });
     for (const [id, , state] of concerned(run.node_ids, players)) {
