@@ -6,6 +6,11 @@ function rootGraph() {
   return app.rootGraph ?? app.graph;
 }
 
+/** Which workflow is open; the same after the page was loaded again. */
+export function graphId() {
+  return rootGraph()?.id ?? "";
+}
+
 /** Every node with the id it has on the server; nodes of a subgraph are "outer:inner" there. */
 export function* allNodes(graph = rootGraph(), prefix = "") {
   for (const node of graph?.nodes ?? graph?._nodes ?? []) {

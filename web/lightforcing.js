@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { createCurve, percent } from "./curve.js";
-import { allNodes, downstreamValues, upstreamValues, widgetValues } from "./graph.js";
+import { allNodes, downstreamValues, graphId, upstreamValues, widgetValues } from "./graph.js";
 import { askForecast, askFrames, askPresets, askRuns, sendSettings } from "./live.js";
 import { createPlayer } from "./player.js";
 import { createReport } from "./report.js";
@@ -16,6 +16,8 @@ const NODE_WIDTH = 360; // pixels, of a new node
 const VIDEO_WIDGETS = ["width", "height", "length", "frames_per_chunk", "window_frames"];
 const MODEL_WIDGETS = ["family", "model_name", "unet_name"];
 const PLAYER_HEIGHT = 180; // pixels at least
+const RUNS_KEY = "lightforcing.runs";
+const RUNS_KEPT = 20;
 
 // By node object, so that whatever is deleted is forgotten.
 const curves = new WeakMap();
@@ -33,7 +35,10 @@ app.registerExtension({
   },
 
   async setup() {
-    api.addEventListener("lightforcing.start", ({ detail }) => started(detail, true));
+    api.addEventListener("lightforcing.start", ({ detail }) => {
+      remember(detail.run_id);
+      started(detail, true);
+    });
     api.addEventListener("lightforcing.chunk", ({ detail }) => chunkDone(detail));
     api.addEventListener("lightforcing.frames", ({ detail }) => framesMade(detail));
     api.addEventListener("lightforcing.end", ({ detail }) => ended(detail));
@@ -195,6 +200,20 @@ function* concerned(nodeIds, parts) {
   }
 }
 
+/**
+ * Which workflow each run belongs to, for this browser tab. Workflows share node ids, so a run must
+ * not be picked up by whatever node has the same one in another workflow, or in another tab.
+ */
+function workflowsOfRuns() {
+  return JSON.parse(sessionStorage.getItem(RUNS_KEY) ?? "{}");
+}
+
+function remember(runId) {
+  const latest = Object.entries(workflowsOfRuns()).slice(1 - RUNS_KEPT);
+  const runs = Object.fromEntries([...latest, [runId, graphId()]]);
+  sessionStorage.setItem(RUNS_KEY, JSON.stringify(runs));
+}
+
 /** `isNew`: sliders may have moved since Run was pressed, so their values are sent once. */
 function started(run, isNew) {
   for (const [, node, state] of concerned(run.node_ids, curves)) {
@@ -305,7 +324,9 @@ function showPlayer(node, state, shown) {
 async function restore() {
   const { ok, data } = await askRuns();
   if (!ok) return;
+  const known = workflowsOfRuns();
   for (const run of data.runs) {
+    if (known[run.run_id] !== graphId()) continue;
     started(run, false);
     const last = run.chunks.at(-1);
     if (last) chunkDone({ ...last, node_ids: run.node_ids, run_id: run.run_id });

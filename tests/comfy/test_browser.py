@@ -247,6 +247,33 @@ def test_nodes_made_of_html_in_a_light_theme_do_the_same(
     page.until("document.querySelectorAll('.lightforcing-mark').length === 4")
 
 
+def test_another_workflow_does_not_take_a_run_over(
+    server: Any, open_page: Callable[..., Page]
+) -> None:
+    """Its nodes have the same ids: their sliders are their own, and show nothing of the run."""
+    page = open_page()
+    page.load("first_video", length=321, seed=204)
+    page.until("document.querySelector('.lightforcing-growth')")
+    page.run()
+    page.until("document.querySelectorAll('.lightforcing-mark').length >= 2")
+    (run,) = server.ask("/lightforcing/live")[1]["runs"]
+    target = run["settings"]["schedule"]["target"]
+
+    page.load("sparsity_playground")
+    page.until("document.querySelector('.lightforcing-growth')")
+    assert page.value(SPARSE, "target_sparsity") != 0.31
+    page.set(SPARSE, "target_sparsity", 0.31)
+    chunks = len(run["chunks"])
+    end = time.monotonic() + _WAIT_SECONDS
+    while len(run["chunks"]) < chunks + 2:
+        assert time.monotonic() < end, "the run does not go on"
+        time.sleep(0.1)
+        (run,) = server.ask("/lightforcing/live")[1]["runs"]
+    assert run["settings"]["schedule"]["target"] == target
+    assert page.marks() == {}
+    server.ask("/interrupt", {})
+
+
 def test_a_preset_sets_the_sliders_it_rules(open_page: Callable[..., Page]) -> None:
     page = open_page()
     page.load("first_video")
