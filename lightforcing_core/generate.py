@@ -32,7 +32,7 @@ from .text.load import load_text_encoder
 from .timesteps import check_steps
 from .vae.load import load_vae
 from .vae.streaming import VideoVAE
-from .video_io import VideoWriter, frames_to_uint8, load_image
+from .video_io import VideoWriter, load_image
 from .wan.forward import TextContext, prepare_text
 
 log = logging.getLogger("lightforcing")
@@ -286,21 +286,22 @@ def _stream(
     job: _Job, seed: int, should_stop: Callable[[], bool]
 ) -> Iterator[tuple[np.ndarray, ChunkReport | None]]:
     """Frames uint8 [t, H, W, 3] on the host as they are made, with a report per chunk."""
-    decoder = job.vae.new_decoder()
     given = None
     if job.start_frame is not None:
         given = job.vae.new_encoder().encode(job.start_frame.to(job.device, job.dtype))
-        yield frames_to_uint8(decoder.decode(given)), None
     channels = job.model.config.in_dim
     shape = (1, channels, job.size.latent_height, job.size.latent_width)
     noise = SeededNoise(seed, shape, job.device)
     num_chunks = len(job.settings.chunk_lengths(0 if given is None else given.shape[2]))
-    waiting: deque[ChunkStatistics] = deque()
-    with ChunkDecoder(decoder, job.device) as decoding:
+    decoding_of: deque[ChunkStatistics | None] = deque()  # None: of the start picture
+    with ChunkDecoder(job.vae.new_decoder(), job.device) as decoding:
 
-        def reported(*, wait: bool) -> Iterator[tuple[np.ndarray, ChunkReport]]:
+        def reported(*, wait: bool) -> Iterator[tuple[np.ndarray, ChunkReport | None]]:
             for decoded in decoding.take(wait=wait):
-                statistics = waiting.popleft()
+                statistics = decoding_of.popleft()
+                if statistics is None:
+                    yield decoded.frames, None
+                    continue
                 yield (
                     decoded.frames,
                     ChunkReport(
@@ -312,6 +313,10 @@ def _stream(
                     ),
                 )
 
+        if given is not None:
+            decoding_of.append(None)
+            decoding.submit(given)
+            yield from reported(wait=False)
         for chunk in rollout(
             job.model.tree,
             job.settings,
@@ -322,7 +327,7 @@ def _stream(
             should_stop=should_stop,
             engine=job.engine,
         ):
-            waiting.append(chunk.statistics)
+            decoding_of.append(chunk.statistics)
             decoding.submit(chunk.latents)
             yield from reported(wait=False)
         yield from reported(wait=True)

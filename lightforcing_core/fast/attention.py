@@ -25,6 +25,7 @@ from ..kv_cache import KVCache
 from ..schedule import Timeline
 from ..sparse import SparseAttention, _Prepared
 from ..sparse_settings import SparseSettings
+from ..stopwatch import Stopwatch
 from ..wan.forward import PositionTable
 
 
@@ -73,6 +74,7 @@ class FastSparseAttention(SparseAttention):
         """Another video over the same cache, which has been emptied; addresses stay."""
         self.cache.restart()
         self.settings, self._timeline, self._off = settings, timeline, False
+        self._watch = Stopwatch(self._device)  # a cancelled video's times are not this one's
         self._is_static = self._is_recorded = False
         self._planned.clear()
 

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -39,7 +38,8 @@ class ChunkDecoder:
     def __init__(self, decoder: StreamingDecoder, device: torch.device, *, depth: int = 2) -> None:
         """
         Args:
-            decoder: at the start of its stream.
+            decoder: at the start of its stream. What it keeps between chunks belongs to our CUDA
+                stream from then on, so all of a video is decoded here.
             device: where its network is.
             depth: chunks that may wait for their decoding.
         """
@@ -53,7 +53,7 @@ class ChunkDecoder:
             self._stream = torch.cuda.Stream(device)
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="lightforcing-decode")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ChunkDecoder:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,8 +68,9 @@ class ChunkDecoder:
             done.set_result(self._decode(latents))
             self._pending.append(done)
             return
-        while sum(not future.done() for future in self._pending) >= self._depth:
-            next(future for future in self._pending if not future.done()).exception()
+        unfinished = [future for future in self._pending if not future.done()]
+        if len(unfinished) >= self._depth:
+            unfinished[-self._depth].exception()  # waits; it is raised where frames are taken
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(self._device))
         latents.record_stream(self._stream)

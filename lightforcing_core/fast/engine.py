@@ -104,8 +104,7 @@ class ForwardEngine:
         Raises:
             RuntimeError: another video of this engine is not over.
         """
-        if self._is_running:
-            raise RuntimeError("this engine is making another video; give each its own")
+        self._refuse_second_video()
         self._is_running = True
         try:
             yield
@@ -113,6 +112,10 @@ class ForwardEngine:
             self._is_running = False
             if not self._keep:
                 self.release()
+
+    def _refuse_second_video(self) -> None:
+        if self._is_running:
+            raise RuntimeError("this engine is making another video; give each its own")
 
     def release(self) -> None:
         """Free what is held between videos."""
@@ -127,7 +130,12 @@ class ForwardEngine:
         backend: AttentionBackend,
         device: torch.device,
     ) -> FastSparseAttention:
-        """Attention over a cache of this kind: new, or what the last video left."""
+        """Attention over a cache of this kind: new, or what the last video left.
+
+        Raises:
+            RuntimeError: another video of this engine is not over.
+        """
+        self._refuse_second_video()
         blocks = settings.query_block_tokens, settings.token_order
         kind = spec, blocks, backend.name, str(device)
         if self._kept is not None and self._kept[0] == kind:

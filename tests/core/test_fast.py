@@ -204,6 +204,19 @@ def test_an_engine_that_keeps_its_memory_makes_the_same_videos(
     engine.release()
 
 
+def test_an_engine_makes_one_video_at_a_time(tree: WanModel, text: TextContext) -> None:
+    """A second one is refused before it touches the first one's cache."""
+    engine = ForwardEngine(tree, compiled=False, keep=True)
+    noise = SeededNoise(1, (1, 16, 8, 10))
+    first = rollout(tree, SETTINGS, text, noise, engine=engine)
+    chunks = [next(first)]
+    with pytest.raises(RuntimeError, match="making another video"):
+        next(rollout(tree, SETTINGS, text, noise, engine=engine))
+    chunks += first
+    for a, b in zip(chunks, made(tree, text, SETTINGS), strict=True):
+        assert torch.allclose(a.latents, b.latents, atol=1e-5)
+
+
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
