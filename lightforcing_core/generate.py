@@ -27,7 +27,8 @@ from .memory import usable_device
 from .noise import SeededNoise, check_seed
 from .outputs import check_output
 from .request import GenerateRequest, check_cache, frames_to_generate, settings_for
-from .rollout import ChunkStatistics, RolloutSettings, rollout
+from .rollout import ChunkStatistics, rollout
+from .rollout_settings import RolloutSettings
 from .text.load import load_text_encoder
 from .timesteps import check_steps
 from .vae.load import load_vae

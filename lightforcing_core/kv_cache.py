@@ -328,7 +328,6 @@ class KVCache:
             blocks = slice(start * per_frame, (start + length) * per_frame)
             self.pooled_keys[layer][:, :, blocks] = self._pool(keys, self.spec.grid, padded=True)
 
-
     def _quantise_open(self, layer: int) -> None:
         """Round the open chunk's keys of one layer, unless they are as they were last time."""
         if layer not in self._unquantised_layers:

@@ -12,7 +12,8 @@ import torch
 from .checkpoints.presets import Preset
 from .errors import UserError
 from .layout import FrameSize, latent_frames
-from .rollout import RolloutSettings, cache_spec
+from .rollout import cache_spec
+from .rollout_settings import RolloutSettings
 from .sparse_settings import SparseSettings
 from .wan.config import WanConfig
 from .wan.modules import WanModel

@@ -19,7 +19,8 @@ from torch import Tensor
 from .checkpoints.files import read_state_dict
 from .errors import UserError
 from .outputs import check_output, replacing
-from .rollout import RolloutSettings, rollout
+from .rollout import rollout
+from .rollout_settings import RolloutSettings
 from .vae.taehv import TAEHV
 from .vae.wan_vae import WanVAE
 from .verify_attention import attention_cases

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..lightforcing_core.embedded import EMBEDDED_TEXT
 from ..lightforcing_core.noise import SeededNoise
-from ..lightforcing_core.rollout import RolloutSettings, rollout
+from ..lightforcing_core.rollout import rollout
+from ..lightforcing_core.rollout_settings import RolloutSettings
 from ..lightforcing_core.text.embedded import EmbeddedTextEncoder
 from ..lightforcing_core.timesteps import SELF_FORCING_STEPS
 from ..lightforcing_core.vae.taehv import TAEHV

@@ -27,7 +27,8 @@ from ..fast.engine import ForwardEngine, engine_for
 from ..fast.linears import eight_bit_obstacle
 from ..layout import FrameSize, latent_frames
 from ..noise import SeededNoise
-from ..rollout import RolloutSettings, rollout
+from ..rollout import rollout
+from ..rollout_settings import RolloutSettings
 from ..sparse_settings import SparseSettings
 from ..timesteps import SELF_FORCING_STEPS, TRAIN_TIMESTEPS
 from ..vae.streaming import StreamingDecoder, VideoVAE

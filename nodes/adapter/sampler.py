@@ -29,7 +29,8 @@ from ...lightforcing_core.noise import (
     ReleasedNoise,
     SeededNoise,
 )
-from ...lightforcing_core.rollout import Chunk, RolloutSettings, cache_spec, rollout
+from ...lightforcing_core.rollout import Chunk, cache_spec, rollout
+from ...lightforcing_core.rollout_settings import RolloutSettings
 from ...lightforcing_core.schedule import Timeline
 from ...lightforcing_core.sparse_settings import SparseSettings
 from ...lightforcing_core.timesteps import TRAIN_TIMESTEPS
