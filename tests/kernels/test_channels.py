@@ -1,0 +1,194 @@
+"""Convolutions and normalisation of channels-last features against torch in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightforcing.kernels.ops import (
+    convolve_channels_triton,
+    convolve_to_planes_triton,
+    normalise_channels_triton,
+)
+from lightforcing.kernels.reference_channels import (
+    PackedWeights,
+    convolve_channels,
+    convolve_to_planes,
+    normalise_channels,
+    pack_enlarging,
+    pack_in_cells,
+    pack_plain,
+)
+
+# kind, channels in, channels out, taps in depth
+KINDS = [
+    ("plain", 32, 32, 3),
+    ("plain", 24, 24, 3),
+    ("plain", 6, 5, 2),
+    ("plain", 64, 192, 1),
+    ("cells", 24, 24, 3),
+    ("cells", 32, 3, 1),
+    ("cells", 7, 3, 3),
+    ("phases", 32, 40, 1),
+    ("phases", 12, 8, 2),
+    ("joint", 48, 24, 1),
+    ("joint", 5, 3, 1),
+]
+EVERY_KIND = pytest.mark.parametrize(
+    ("kind", "channels", "results", "taps"), KINDS, ids=lambda value: str(value)
+)
+
+
+def make(
+    kind: str, channels: int, results: int, taps: int, **like: object
+) -> tuple[Tensor, object]:
+    """Weights as a layer has them, and packed. For 'phases' the taps are the growth."""
+    first = taps if kind in ("phases", "joint") else results
+    shape = (first, results, channels) if kind in ("phases", "joint") else (first, channels, taps)
+    weight = (torch.randn(*shape, 3, 3) / (channels * 9) ** 0.5).to(**like)
+    if kind == "plain":
+        return weight, pack_plain(weight)
+    if kind == "cells":
+        return weight, pack_in_cells(weight)
+    return weight, pack_enlarging(weight, is_phased=kind == "phases")
+
+
+def plain_torch(kind: str, x: Tensor, weight: Tensor) -> Tensor:
+    """The same as layers would do it: x and the result are [B, D, H, W, C]."""
+    features, weight = x.double().movedim(-1, 1), weight.double()
+    if kind in ("plain", "cells"):
+        return F.conv3d(features, weight, padding=(0, 1, 1)).movedim(1, -1)
+    doubled = features.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    parts = [F.conv3d(doubled, w.unsqueeze(2), padding=(0, 1, 1)) for w in weight]
+    return torch.stack(parts, dim=3).flatten(2, 3).movedim(1, -1)
+
+
+def inside(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A piece of a larger buffer, which is NaN around it."""
+    batch, depth, *rest = shape
+    buffer = torch.full((batch, depth + 3, *rest), float("nan"), device=device, dtype=dtype)
+    return buffer[:, 2:-1]
+
+
+@EVERY_KIND
+def test_packed_weights_mean_the_layers(kind: str, channels: int, results: int, taps: int) -> None:
+    weight, packed = make(kind, channels, results, taps, dtype=torch.float64)
+    x = torch.randn(2, 4, 6, 10, channels, dtype=torch.float64)
+    expected = plain_torch(kind, x, weight)
+    torch.testing.assert_close(convolve_channels(x, packed), expected, rtol=1e-5, atol=1e-6)
+    assert packed.out_shape(x) == expected.shape
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("fused", [False, True], ids=["bare", "fused"])
+def test_the_kernel_does_what_the_twin_does(
+    kind: str,
+    channels: int,
+    results: int,
+    taps: int,
+    fused: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    _, packed = make(kind, channels, results, taps, device=device, dtype=dtype)
+    x = inside((2, 4, 6, 10, channels), device, dtype)
+    x.normal_()
+    shape = packed.out_shape(x)
+    options: dict = {}
+    if fused:
+        bias = torch.randn(results, device=device).to(dtype)
+        residual = inside(shape, device, dtype).normal_()
+        options = {"bias": bias, "residual": residual, "is_rectified": True}
+        options["out"] = inside(shape, device, dtype)
+    made = convolve_channels_triton(x, packed, **options)
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    wide["out"] = None
+    expected = convolve_channels(x.double(), replace(packed, matrix=packed.matrix.double()), **wide)
+    tolerance = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(made.double(), expected, rtol=tolerance, atol=tolerance)
+    if fused:
+        assert made.data_ptr() == options["out"].data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["plain", "cells"])
+def test_planes_are_scaled_and_limited_and_bad_numbers_are_nan(
+    kind: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    _, packed = make(kind, 24, 3, 3, device=device, dtype=dtype)
+    x = torch.randn(2, 4, 4, 18, 24, device=device).to(dtype)
+    x[1, 3, 2, 17, 5] = float("nan")
+    bias = torch.randn(3, device=device).to(dtype)
+    made = convolve_to_planes_triton(x, packed, bias=bias, scale=0.5, shift=0.5)
+    expected = convolve_to_planes(
+        x.double(),
+        replace(packed, matrix=packed.matrix.double()),
+        bias=bias.double(),
+        scale=0.5,
+        shift=0.5,
+    )
+    assert made.shape == (2, 2, 3, 4, 18) and made.dtype == torch.float32
+    torch.testing.assert_close(made.double(), expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+    assert expected.isnan().any() and expected.nan_to_num(1.0).min() == 0
+
+
+@pytest.mark.parametrize("channels", [3, 24, 96, 384])
+@pytest.mark.parametrize("activated", [True, False])
+def test_normalisation(
+    channels: int, activated: bool, device: torch.device, dtype: torch.dtype
+) -> None:
+    x = torch.randn(2, 3, 5, 7, channels, device=device).to(dtype)
+    x[0, 0, 0, 0] = 0  # a vector without length
+    gain, bias = (torch.randn(channels, device=device).to(dtype) for _ in range(2))
+    residual, total = torch.randn_like(x), torch.empty_like(x)
+    out = inside(x.shape, device, dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    close = {"rtol": tolerance, "atol": tolerance}
+
+    made = normalise_channels_triton(x, gain, is_activated=activated)
+    expected = normalise_channels(x.double(), gain.double(), is_activated=activated)
+    torch.testing.assert_close(made.double(), expected, **close)
+
+    options = {"bias": bias, "residual": residual}
+    wide = {name: value.double() for name, value in options.items()}
+    sums = torch.empty_like(expected)
+    expected = normalise_channels(
+        x.double(), gain.double(), **wide, total=sums, is_activated=activated
+    )
+    made = normalise_channels_triton(
+        x, gain, **options, total=total, out=out, is_activated=activated
+    )
+    assert made.data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out.double(), expected, **close)
+    torch.testing.assert_close(total.double(), sums, **close)
+    total.fill_(float("nan"))
+    assert normalise_channels_triton(x, None, **options, total=total) is None
+    torch.testing.assert_close(total.double(), sums, **close)
+
+
+def test_what_does_not_fit_is_refused(device: torch.device, dtype: torch.dtype) -> None:
+    _, packed = make("cells", 8, 4, 2, device=device, dtype=dtype)
+    assert isinstance(packed, PackedWeights)
+    x = torch.randn(1, 3, 4, 6, 8, device=device).to(dtype)
+    vector = torch.zeros(8, device=device, dtype=dtype)
+    with pytest.raises(ValueError, match="D of at least 2"):
+        convolve_channels_triton(x[:, :1], packed)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        convolve_channels_triton(x[:, :, :3].contiguous(), packed)
+    with pytest.raises(ValueError, match="dense slices"):
+        convolve_channels_triton(x[:, :, :2], packed)
+    with pytest.raises(ValueError, match=r"bias must be dense \[4\]"):
+        convolve_channels_triton(x, packed, bias=vector)
+    with pytest.raises(ValueError, match="residual must be"):
+        convolve_channels_triton(x, packed, residual=x)
+    with pytest.raises(ValueError, match=r"gain must be dense \[8\]"):
+        normalise_channels_triton(x, vector[:4])
+    with pytest.raises(ValueError, match="x must be dense"):
+        normalise_channels_triton(x[:, :, ::2], vector)
+    with pytest.raises(ValueError, match=r"\[results, C, taps, 3, 3\]"):
+        pack_plain(torch.zeros(4, 8, 1, 3, 1))
+    with pytest.raises(ValueError, match="grow 1 without phases"):
+        pack_enlarging(torch.zeros(2, 4, 8, 3, 3), is_phased=False)
