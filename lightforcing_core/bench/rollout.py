@@ -1,312 +1,224 @@
 """`lightforcing bench rollout`: whole videos at the real shape, dense, sparse and a plain loop.
 
-Weights are random, which changes nothing about speed. Every method makes a video once before the
-runs that count, and decodes each chunk to frames on the host with the same streaming decoder: the
-plain loop after each chunk, ours beside the next. The plain
-loop is what a careful user would write in plain PyTorch: the same mathematics, torch.compile
-around everything but attention, cuDNN attention over a cache that keys and values are copied
-into, no frame slots, no statistics, no waiting.
+Weights are random, which changes nothing about speed. Each method has the device to itself: it
+builds its own weights, makes a video once before the runs that count, one more for its memory, and
+gives everything back. All decode every chunk to frames on the host with the same streaming decoder:
+the plain loop after each chunk, ours beside the next.
 """
 
 from __future__ import annotations
 
 import logging
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..fast.decode import ChunkDecoder
-from ..fast.engine import ForwardEngine, engine_for
-from ..fast.linears import eight_bit_obstacle
-from ..layout import FrameSize, latent_frames
-from ..noise import SeededNoise
-from ..rollout import rollout
-from ..rollout_settings import RolloutSettings
+from ..errors import UserError
 from ..sparse_settings import SparseSettings
-from ..timesteps import SELF_FORCING_STEPS, TRAIN_TIMESTEPS
-from ..vae.streaming import StreamingDecoder, VideoVAE
-from ..video_io import frames_to_uint8
-from ..wan.compiled import compiled_block_runner
-from ..wan.config import WanConfig
-from ..wan.forward import TextContext, position_table, prepare_text, wan_forward
-from ..wan.modules import WanModel
+from ..timesteps import SELF_FORCING_STEPS
+from .case import NO_DECODER, RolloutCase, Run, peak_memory
 from .common import device_name, machine_facts
-from .vae import decoder_network
+from .plain_loop import PlainLoop
+from .video import Parts, Video
 
 log = logging.getLogger("lightforcing")
 
-
-@dataclass(frozen=True)
-class RolloutCase:
-    """What to measure: pixels, pixel frames, the denoiser's sizes, a name of `bench.vae`."""
-
-    size: FrameSize
-    frames: int = 81
-    config: WanConfig = field(default_factory=WanConfig)
-    dtype: torch.dtype = torch.bfloat16
-    frames_per_chunk: int = 3
-    decoder: str = "taehv"
-
-
-@dataclass(frozen=True)
-class ChunkTimes:
-    """Seconds of a chunk: its denoising, the clean pass before it, its decoding."""
-
-    denoise: float
-    clean: float
-    decode: float
+PLAIN_LOOP = "plain loop"
+METHODS = {
+    "dense": Parts(),
+    "dense fast": Parts(fused=True, graphs=True),
+    "sparse": Parts(sparse=True),
+    "sparse graphs": Parts(sparse=True, graphs=True),
+    "sparse fast": Parts(sparse=True, fused=True, graphs=True),
+    "sparse fp8": Parts(sparse=True, fused=True, graphs=True, eight_bit=True),
+}
+"""Ours by name; 'sparse fp8' is the speed preset."""
+_FASTEST = ("sparse fp8", "sparse fast", "sparse")  # the first that can run
 
 
-@dataclass(frozen=True)
-class Run:
-    """One video: its chunks, and seconds from the start to the last frame on the host."""
+class Making(Protocol):
+    """Makes a case's video again and again, until it is released."""
 
-    chunks: list[ChunkTimes]
-    seconds: float
+    def __call__(self) -> Run: ...
 
-
-SMALL = RolloutCase(
-    FrameSize(64, 48),
-    frames=33,
-    config=WanConfig(dim=128, ffn_dim=256, num_heads=1, num_layers=2, text_dim=32),
-    dtype=torch.float32,
-    decoder="taehv small",
-)
+    def release(self) -> None: ...
 
 
 def bench_rollout(
-    cases: Sequence[RolloutCase], device: torch.device, sparse: SparseSettings, repeats: int = 3
-) -> dict[str, Any]:
-    """Measure every method on every case.
-
-    Returns:
-        `rows` (one per case, method and chunk, and one with chunk 'all' that has the video's
-        frames per second without and with decoding), `device`, `versions`.
-    """
-    rows: list[dict[str, Any]] = []
-    for case in cases:
-        tree = random_denoiser(case, device)
-        text_dim = case.config.text_dim
-        with torch.no_grad():
-            embeds = torch.randn(1, 64, text_dim, device=device).to(case.dtype)
-            text = prepare_text(tree, embeds)
-        vae = VideoVAE(decoder_network(case.decoder).to(device, case.dtype).eval())
-        methods = _methods(case, tree, text, device, sparse, vae)
-        for name, run in methods.items():
-            rows += _rows(case, name, run, repeats)
-        del tree, text, methods, vae, run
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return {"device": device_name(device), "versions": machine_facts(device), "rows": rows}
-
-
-def _methods(
-    case: RolloutCase,
-    tree: WanModel,
-    text: TextContext,
+    cases: Sequence[RolloutCase],
     device: torch.device,
     sparse: SparseSettings,
-    vae: VideoVAE,
-) -> dict[str, Callable[[], Run]]:
-    """What is measured; on the CPU nothing is compiled."""
+    repeats: int = 3,
+    methods: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Measure methods on every case.
 
-    def ours(settings: SparseSettings | None, speed: str | None) -> Callable[[], Run]:
-        engine = None if speed is None else engine_for(tree, speed, keep=True)
-        return lambda: _ours(case, tree, text, _settings(case, settings), device, engine, vae)
+    Args: methods: names of PLAIN_LOOP and METHODS; none: all that can run here.
 
-    methods: dict[str, Callable[[], Run]] = {
-        "plain loop": PlainLoop(case, tree, text, device, vae),
-        "dense": ours(None, None),
+    Returns:
+        `rows` (one per case, method and chunk, and one with chunk 'all', see `video_row`),
+        `left_out` (why a method was not measured, by name), `device`, `versions`.
+
+    Raises:
+        UserError: a method that was asked for cannot run here.
+    """
+    rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for case in cases:
+        chosen, missing = choose_methods(case, device, methods)
+        left_out |= missing
+        for name in chosen:
+            making = build(name, case, sparse, device)
+            try:
+                rows += _rows(case, name, making, repeats, device)
+            finally:
+                making.release()
+    return {
+        "device": device_name(device),
+        "versions": machine_facts(device),
+        "rows": rows,
+        "left_out": left_out,
     }
-    if device.type != "cuda":
-        return methods | {"sparse": ours(sparse, None)}
-    methods["dense, compiled"] = ours(None, "compiled")
-    methods["sparse"] = ours(sparse, None)
-    methods["sparse, graphs"] = ours(sparse, "graphs")
-    methods["sparse, compiled, graphs"] = ours(sparse, "compiled")
-    if eight_bit_obstacle(device, case.dtype) is None:
-        methods["sparse, compiled, graphs, fp8"] = ours(sparse, "fp8")
-    return methods
 
 
-def random_denoiser(case: RolloutCase, device: torch.device) -> WanModel:
-    """A denoiser with random weights that keeps numbers in range."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        tree = WanModel(case.config).to(case.dtype)
-    return tree.requires_grad_(False).eval()
+def build(name: str, case: RolloutCase, sparse: SparseSettings, device: torch.device) -> Making:
+    """What makes the video of a case by a method."""
+    if name == PLAIN_LOOP:
+        return PlainLoop(case, device)
+    return Video(case, METHODS[name], sparse, device)
 
 
-def _settings(case: RolloutCase, sparse: SparseSettings | None) -> RolloutSettings:
-    return RolloutSettings(
-        latent_frames(case.frames), frames_per_chunk=case.frames_per_chunk, sparse=sparse
-    )
+def choose_methods(
+    case: RolloutCase, device: torch.device, asked: Sequence[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """Names of the methods to measure, and why the others cannot run.
+
+    Raises:
+        UserError: no such method, or one that was asked for cannot run.
+    """
+    names = [PLAIN_LOOP, *METHODS]
+    unknown = [name for name in asked if name not in names]
+    if unknown:
+        raise UserError(f"no method '{unknown[0]}'; choose among {', '.join(names)}")
+    missing = {name: parts.obstacle(device, case.dtype) for name, parts in METHODS.items()}
+    if case.window_frames != -1:
+        missing[PLAIN_LOOP] = "it keeps the whole history, and this video has a window"
+    reasons = {name: reason for name, reason in missing.items() if reason is not None}
+    wrong = [name for name in asked if name in reasons]
+    if wrong:
+        possible = ", ".join(name for name in names if name not in reasons)
+        raise UserError(
+            f"the method '{wrong[0]}' cannot be measured here: {reasons[wrong[0]]}; choose among "
+            f"{possible}"
+        )
+    return [name for name in asked or names if name not in reasons], {} if asked else reasons
+
+
+def fastest(case: RolloutCase, device: torch.device) -> str:
+    """The fastest method that this device can run."""
+    return next(name for name in _FASTEST if not METHODS[name].obstacle(device, case.dtype))
+
+
+def timed(make: Callable[[], Run], repeats: int) -> list[Run]:
+    """Videos in a row after one that is not counted: it compiles, records and fills caches."""
+    make()
+    return [make() for _ in range(repeats)]
 
 
 def _rows(
-    case: RolloutCase, name: str, run: Callable[[], Run], repeats: int
+    case: RolloutCase, name: str, make: Making, repeats: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    run()  # compiles, fills caches
-    samples = [run() for _ in range(repeats)]
-    made = [sum(chunk.denoise + chunk.clean for chunk in sample.chunks) for sample in samples]
-    shown = [sample.seconds for sample in samples]
-    typical = samples[made.index(sorted(made)[len(made) // 2])].chunks
+    samples = timed(make, repeats)
+    peaks = peak_memory(make, device)
+    typical = sorted(samples, key=lambda run: run.made)[len(samples) // 2]
     facts = {"method": name, "width": case.size.width, "height": case.size.height}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             **facts,
             "chunk": i,
-            **{f"{part}_ms": round(seconds * 1e3, 2) for part, seconds in asdict(times).items()},
+            "denoise_ms": round(chunk.denoise * 1e3, 2),
+            "clean_ms": round(chunk.clean * 1e3, 2),
+            "decode_ms": None if chunk.decode is None else round(chunk.decode * 1e3, 2),
+            "sparsity": round(chunk.sparsity, 4),
+            "density": round(chunk.density, 4),
         }
-        for i, times in enumerate(typical)
+        for i, chunk in enumerate(typical.chunks)
     ]
-    middle = statistics.median(made)
-    rows.append(
-        {
-            **facts,
-            "chunk": "all",
-            "denoise_ms": round(sum(c.denoise for c in typical) * 1e3, 2),
-            "clean_ms": round(sum(c.clean for c in typical) * 1e3, 2),
-            "decode_ms": round(sum(c.decode for c in typical) * 1e3, 2),
-            "decoder": case.decoder,
-            "runs": repeats,
-            "seconds": round(middle, 4),
-            "seconds_min": round(min(made), 4),
-            "seconds_max": round(max(made), 4),
-            "frames_per_second": round(case.frames / middle, 2),
-            "seconds_decoded": round(statistics.median(shown), 4),
-            "frames_per_second_decoded": round(case.frames / statistics.median(shown), 2),
-        }
-    )
+    rows.append({**facts, **video_row(case, samples, typical), **peaks})
     log.info("%s", rows[-1])
     return rows
 
 
-def _noise(case: RolloutCase, device: torch.device) -> SeededNoise:
-    shape = (1, case.config.in_dim, case.size.latent_height, case.size.latent_width)
-    return SeededNoise(0, shape, device)
+def video_row(case: RolloutCase, samples: Sequence[Run], typical: Run) -> dict[str, Any]:
+    """A video in numbers: medians, with the least and the most of all runs.
+
+    `frames_per_second` counts denoising and clean passes, `frames_per_second_decoded` all from the
+    start until the last frame lies on the host; `includes` says so in words.
+    """
+    decodes = [chunk.decode for chunk in typical.chunks if chunk.decode is not None]
+    made = spread("seconds", [run.made for run in samples])
+    row: dict[str, Any] = {
+        "chunk": "all",
+        "frames": case.frames,
+        "window_frames": case.window_frames,
+        "sink_frames": case.sink_frames,
+        "denoise_ms": round(sum(chunk.denoise for chunk in typical.chunks) * 1e3, 2),
+        "clean_ms": round(sum(chunk.clean for chunk in typical.chunks) * 1e3, 2),
+        "decode_ms": round(sum(decodes) * 1e3, 2) if decodes else None,
+        "decoder": case.decoder,
+        "runs": len(samples),
+        **made,
+        "frames_per_second": round(case.frames / made["seconds"], 2),
+    }
+    if case.decoder != NO_DECODER:
+        shown = spread("seconds_decoded", [run.seconds for run in samples])
+        row |= shown
+        row["frames_per_second_decoded"] = round(case.frames / shown["seconds_decoded"], 2)
+        firsts = [run.first_frames * 1e3 for run in samples if run.first_frames is not None]
+        row |= spread("first_frames_ms", firsts, digits=2)
+    growths = [run.growth for run in samples if run.growth is not None]
+    row["last_over_second_chunk"] = round(statistics.median(growths), 3) if growths else None
+    row["includes"] = _includes(case, len(typical.chunks))
+    return row
 
 
-def _ours(
-    case: RolloutCase,
-    tree: WanModel,
-    text: TextContext,
-    settings: RolloutSettings,
-    device: torch.device,
-    engine: ForwardEngine | None,
-    vae: VideoVAE,
-) -> Run:
-    """Decoding goes on beside, so only its own time is known for a chunk, not what it adds."""
-    started = _wait(device)
-    noise = _noise(case, device)
-    parts, decoded = [], []
-    with ChunkDecoder(vae.new_decoder(), device) as decoding:
-        for chunk in rollout(tree, settings, text, noise, dtype=case.dtype, engine=engine):
-            parts.append(chunk.statistics)
-            decoding.submit(chunk.latents)
-        decoded += [chunk.seconds for chunk in decoding.take(wait=True)]
-    seconds = _wait(device) - started
-    chunks = [
-        ChunkTimes(part.denoise_seconds, part.clean_seconds, decode)
-        for part, decode in zip(parts, decoded, strict=True)
+def spread(name: str, values: Sequence[float], digits: int = 4) -> dict[str, float]:
+    """Median, least and most under a name, `_min` and `_max`."""
+    return {
+        name: round(statistics.median(values), digits),
+        f"{name}_min": round(min(values), digits),
+        f"{name}_max": round(max(values), digits),
+    }
+
+
+def _includes(case: RolloutCase, chunks: int) -> str:
+    made = f"{len(SELF_FORCING_STEPS)} steps of {chunks} chunks; {chunks - 1} clean passes"
+    if case.decoder != NO_DECODER:
+        made += f"; decoded: also {case.decoder} and frames on the host"
+    return f"{made}. Not: prompt encoding; loading; mp4"
+
+
+def rollout_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows of whole videos as lines of text, and what their frames per second include."""
+    lines = [
+        f"{'method':16}{'size':>10}{'made':>9}{'decoded':>9}  frames/s{'first':>9}{'last/2nd':>10}"
+        f"{'allocated':>11}{'reserved':>10}"
     ]
-    return Run(chunks, seconds)
-
-
-def _wait(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _decode_seconds(
-    decoder: StreamingDecoder, latents: Tensor, dtype: torch.dtype, device: torch.device
-) -> float:
-    started = _wait(device)
-    frames_to_uint8(decoder.decode(latents.to(dtype)))
-    return _wait(device) - started
-
-
-class PlainLoop:
-    """The comparison: a compiled dense loop without this project's cache or attention."""
-
-    def __init__(
-        self,
-        case: RolloutCase,
-        tree: WanModel,
-        text: TextContext,
-        device: torch.device,
-        vae: VideoVAE,
-    ) -> None:
-        self.case, self.tree, self.text, self.device = case, tree, text, device
-        self.vae = vae
-        self.runner = compiled_block_runner() if device.type == "cuda" else None
-        self.frames = latent_frames(case.frames)
-        config, tokens = case.config, case.size.frame_tokens
-        shape = (1, self.frames * tokens, config.num_heads, config.head_dim)
-        self.keys, self.values = (
-            [torch.zeros(shape, device=device, dtype=case.dtype) for _ in range(config.num_layers)]
-            for _ in range(2)
+    whole = [row for row in rows if row["chunk"] == "all"]
+    for row in whole:
+        size = f"{row['width']}x{row['height']}"
+        lines.append(
+            f"{row['method']:16}{size:>10}{row['frames_per_second']:>9.1f}"
+            f"{_cell(row.get('frames_per_second_decoded'), '.1f', ''):>9}          "
+            f"{_cell(row.get('first_frames_ms'), '.0f', ' ms'):>9}"
+            f"{_cell(row['last_over_second_chunk'], '.2f', ''):>10}"
+            f"{_cell(row['peak_allocated_gib'], '.2f', ' GiB'):>11}"
+            f"{_cell(row['peak_reserved_gib'], '.2f', ' GiB'):>10}"
         )
-        self.start = 0
+    return [*lines, *dict.fromkeys(f"includes: {row['includes']}" for row in whole)]
 
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        end = self.start + k.shape[1]
-        self.keys[layer][:, self.start : end] = k
-        self.values[layer][:, self.start : end] = v
-        past = (t[layer][:, :end].transpose(1, 2) for t in (self.keys, self.values))
-        if self.device.type != "cuda":
-            return F.scaled_dot_product_attention(q.transpose(1, 2), *past).transpose(1, 2)
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
-            return F.scaled_dot_product_attention(q.transpose(1, 2), *past).transpose(1, 2)
 
-    def _forward(self, latents: Tensor, timestep: float, first: int) -> Tensor:
-        frames = range(first, first + latents.shape[2])
-        times = torch.full((1, latents.shape[2]), timestep, device=self.device)
-        positions = position_table(
-            self.tree, frames, latents.shape[3], latents.shape[4], self.device
-        )
-        return wan_forward(
-            self.tree,
-            latents.to(self.case.dtype),
-            times,
-            frames,
-            self.text,
-            self._attend,
-            positions,
-            self.runner,
-        )
-
-    @torch.no_grad()
-    def __call__(self) -> Run:
-        begun = _wait(self.device)
-        noise, decoder = _noise(self.case, self.device), self.vae.new_decoder()
-        result = []
-        per_chunk, tokens = self.case.frames_per_chunk, self.case.size.frame_tokens
-        clean = 0.0
-        for first in range(0, self.frames, per_chunk):
-            frames = range(first, min(first + per_chunk, self.frames))
-            self.start = first * tokens
-            started = _wait(self.device)
-            latents = noise.initial(frames).float()
-            for step, timestep in enumerate(SELF_FORCING_STEPS):
-                sigma = timestep / TRAIN_TIMESTEPS
-                if step:
-                    fresh = noise.renoise(frames, step).float()
-                    latents = (1 - sigma) * latents + sigma * fresh
-                latents = latents - sigma * self._forward(latents, timestep, first).float()
-            denoised = _wait(self.device)
-            decode = _decode_seconds(decoder, latents, self.case.dtype, self.device)
-            result.append(ChunkTimes(denoised - started, clean, decode))
-            if first + per_chunk < self.frames:
-                started = _wait(self.device)
-                self._forward(latents, 0.0, first)
-                clean = _wait(self.device) - started
-        return Run(result, _wait(self.device) - begun)
+def _cell(value: float | None, form: str, unit: str) -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"

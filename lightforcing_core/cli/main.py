@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..errors import Cancelled, UserError
 from ..outputs import check_output
-from . import checkpoints, checks, generate, sparse
+from . import bench, checkpoints, checks, generate, sparse
 from .common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, Parser, complain, set_up_logging
 
 
@@ -65,6 +65,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="log what is loaded and chosen")
         return sub
 
-    for room in (generate, checkpoints, sparse, checks):
+    for room in (generate, checkpoints, sparse, bench, checks):
         room.add_commands(command)
     return parser

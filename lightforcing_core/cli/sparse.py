@@ -1,15 +1,14 @@
-"""`lightforcing schedule`, `bench` and `compile-kernels`, and the options of sparse attention."""
+"""`lightforcing schedule` and `compile-kernels`, and the options of sparse attention."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .common import EXIT_FAILED_CHECK, AddCommand, count, counts, numbers, say, write_json
+from .common import EXIT_FAILED_CHECK, AddCommand, numbers, say, write_json
 
 if TYPE_CHECKING:
-    from ..layout import FrameSize
     from ..sparse_settings import SparseSettings
 
 # Options of `generate` that say how attention is sparse, but not that it is.
@@ -18,11 +17,10 @@ _SPARSE_OPTIONS = (
     "guarantee_sink", "guarantee_own_block", "query_block", "key_block", "token_order", "plan",
     "qk_precision", "backend",
 )  # fmt: skip
-_BENCHES = ("attention", "rollout", "vae")
 
 
 def add_commands(command: AddCommand) -> None:
-    """Register `schedule`, `bench` and `compile-kernels`."""
+    """Register `schedule` and `compile-kernels`."""
     schedule = command("schedule", _schedule, "Print the sparsity of every chunk; --plot draws it.")
     schedule.add_argument("--frames", type=int, default=21, help="latent frames (default 21)")
     schedule.add_argument("--chunk", type=int, default=3, help="latent frames per chunk")
@@ -35,26 +33,6 @@ def add_commands(command: AddCommand) -> None:
     schedule.add_argument("--frame-tokens", type=int, default=1536, help="tokens a latent frame")
     schedule.add_argument("--block", type=int, default=64, help="tokens a key block")
     schedule.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curve")
-
-    bench = command("bench", _bench, "Measure attention, whole rollouts or decoding here.")
-    bench.add_argument("what", choices=_BENCHES)
-    bench.add_argument("--csv", type=Path, help="write the table")
-    bench.add_argument("--runs", type=count, help="measurements of each method")
-    bench.add_argument("--device", help="default: cuda where there is one; cpu runs a small size")
-    bench.add_argument("--query-block", type=count, default=128, help="attention only")
-    bench.add_argument("--key-block", type=count, default=64, help="attention only")
-    bench.add_argument(
-        "--frame-tokens", type=count, default=1536, help="attention only; 1560 is 832x480"
-    )
-    bench.add_argument("--target", type=float, default=0.88, metavar="X", help="sparsity")
-    bench.add_argument("--base", type=float, metavar="X", help="limit of the growth")
-    bench.add_argument(
-        "--size",
-        action="append",
-        metavar="WIDTHxHEIGHT",
-        help="rollout and vae on a GPU; may be given several times (default 832x480, 768x512)",
-    )
-    bench.add_argument("--chunks", type=counts, help="attention only: chunks, from 0")
 
     compiling = command(
         "compile-kernels", _compile, "Compile every kernel for GPUs that need not be here."
@@ -200,69 +178,6 @@ def _schedule(arguments: argparse.Namespace) -> int:
     after = report["density_after_anchors"]
     say(f"density {report['density']:.4f}, after the dense chunks {after:.4f}")
     return 0
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from ..bench.common import write_csv
-    from ..memory import usable_device
-
-    device = usable_device(arguments.device)
-    run = {"attention": _bench_attention, "rollout": _bench_rollout, "vae": _bench_vae}
-    result = run[arguments.what](arguments, device)
-    write_json(arguments.json, result)
-    if arguments.csv is not None:
-        write_csv(arguments.csv, result["rows"], {"device": result["device"], **result["versions"]})
-    say(f"{result['device']}; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()))
-    for row in result["rows"]:
-        say("  ".join(f"{key} {value}" for key, value in row.items()))
-    failed = result.get("failed", [])
-    if failed:
-        say(f"wrong: {', '.join(failed)}")
-    return EXIT_FAILED_CHECK if failed else 0
-
-
-def _bench_attention(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
-    from dataclasses import replace
-
-    from ..bench.attention import SMALL, AttentionCase, bench_attention
-    from ..schedule import default_base
-
-    case = SMALL
-    if device.type == "cuda":
-        case = AttentionCase(
-            frame_tokens=arguments.frame_tokens,
-            query_block=arguments.query_block,
-            key_block=arguments.key_block,
-        )
-    base = default_base(arguments.target) if arguments.base is None else arguments.base
-    case = replace(case, target=arguments.target, base=base)
-    if arguments.chunks:
-        case = replace(case, chunks=arguments.chunks)
-    return bench_attention(case, device, arguments.runs or 30)
-
-
-def _sizes(arguments: argparse.Namespace) -> list[FrameSize]:
-    from ..layout import FrameSize
-
-    return [FrameSize.parse(text) for text in arguments.size or ("832x480", "768x512")]
-
-
-def _bench_rollout(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
-    from ..bench.rollout import SMALL, RolloutCase, bench_rollout
-    from ..sparse_settings import SparseSettings, make_schedule
-
-    sizes = _sizes(arguments)
-    cases = [RolloutCase(size) for size in sizes] if device.type == "cuda" else [SMALL]
-    schedule = make_schedule(arguments.target, base_sparsity=arguments.base)
-    return bench_rollout(cases, device, SparseSettings(schedule=schedule), arguments.runs or 3)
-
-
-def _bench_vae(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
-    from ..bench.vae import SMALL, VAECase, bench_vae
-
-    small = device.type != "cuda"
-    cases = [SMALL] if small else [VAECase(size) for size in _sizes(arguments)]
-    return bench_vae(cases, device, small=small, repeats=arguments.runs or 5)
 
 
 def _compile(arguments: argparse.Namespace) -> int:
