@@ -9,9 +9,9 @@ over height and width (a border of zeros, so that 3x3 keeps the size).
 - plain: a 3x3 window makes one position.
 - in cells: a 4x4 window makes the 2x2 positions in its middle at once. More products, many with
   zeros, but the input is read 2.25 times less often and few channels fill the hardware better.
-- enlarging: 3x3 after doubling height and width by repetition, without the doubled input. In
-  phases, each of the four positions that come from one has a 2x2 window of summed weights and 2.25
-  times fewer products; jointly, one 3x3 window makes all four.
+- enlarging: 3x3 after doubling height and width by repetition, without the doubled input. In four
+  phases, one for each of the positions that come from one: its window is 2x2, of summed weights,
+  with 2.25 times fewer products.
 
 All arithmetic of the twins is in float32 or wider and rounded once, at the end.
 """
@@ -150,39 +150,33 @@ def pack_in_cells(weight: Tensor) -> PackedWeights:
     return _pack(taps.flatten(1, 3), weight.dtype, results, step=2, cell=2, grow=1, is_phased=False)
 
 
-def _sums(size: int) -> Tensor:
-    """[2, size, 3]: how much of each of three taps on doubled rows falls on each original row."""
-    sums = torch.zeros(2, size, 3)
+def _sums() -> Tensor:
+    """[2, 2, 3]: which of three taps on doubled rows fall on which original row, by parity."""
+    sums = torch.zeros(2, 2, 3)
     for parity in range(2):
         for tap in range(3):
-            # Doubled row 2 y + parity + tap - 1 repeats original row y + origin + this.
-            row = (parity + tap + 1) // 2
-            sums[parity, row if size == 3 else row - parity, tap] = 1
+            # The window of a phase starts at the row before, or at the own one for odd rows.
+            sums[parity, (parity + tap + 1) // 2 - parity, tap] = 1
     return sums
 
 
-def pack_enlarging(weight: Tensor, *, is_phased: bool) -> PackedWeights:
+def pack_enlarging(weight: Tensor) -> PackedWeights:
     """Weights for doubling height and width by repetition, then 3x3, for one or more slices each.
 
     Args:
         weight: [grow, results, C, 3, 3]; output slice `d * grow + g` is made with weight g.
-        is_phased: a window per output position; else per input position, with grow 1.
 
     Raises:
-        ValueError: another shape, or grow is not 1 where it has to be.
+        ValueError: another shape.
     """
-    if weight.ndim != 5 or weight.shape[-2:] != (3, 3) or not (is_phased or len(weight) == 1):
-        raise ValueError(
-            "weight must be [grow, results, C, 3, 3], with grow 1 without phases, got "
-            f"{tuple(weight.shape)}"
-        )
-    grow, results, channels = weight.shape[:3]
-    sums = _sums(2 if is_phased else 3).to(weight.device)
+    if weight.ndim != 5 or weight.shape[-2:] != (3, 3):
+        raise ValueError(f"weight must be [grow, results, C, 3, 3], got {tuple(weight.shape)}")
+    grow, results = weight.shape[:2]
+    sums = _sums().to(weight.device)
     # Summed in float32: rounded once.
     taps = torch.einsum("yas,xbt,grcst->gyxrcab", sums, sums, weight.float())
-    taps = taps.unsqueeze(5)  # a single tap in depth
-    taps = taps.flatten(0, 2) if is_phased else taps.flatten(1, 3)
-    return _pack(taps, weight.dtype, results, step=1, cell=2, grow=grow, is_phased=is_phased)
+    taps = taps.flatten(0, 2).unsqueeze(3)  # a single tap in depth
+    return _pack(taps, weight.dtype, results, step=1, cell=2, grow=grow, is_phased=True)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -24,9 +24,17 @@ from .reference_channels import PackedWeights
 _BLOCK_M = 128
 _MOST_CHANNELS = 4096
 _MOST = 2**31 - 1
-_LENGTHS = (
-    "windows depth windows_high windows_wide height width x_slices out_slices residual_slices"
-).split()
+_LENGTHS = [
+    "windows",
+    "depth",
+    "windows_high",
+    "windows_wide",
+    "height",
+    "width",
+    "x_slices",
+    "out_slices",
+    "residual_slices",
+]
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -284,8 +292,8 @@ def convolve_to_planes_triton(
 
 
 def convolution_options(weights: PackedWeights) -> dict[str, int]:
-    """Warps and stages: a wide tile needs more threads to hold it."""
-    return {"num_warps": 8 if weights.block_n >= 128 else 4, "num_stages": 3}
+    """Warps and stages: a wide tile needs more threads to hold it, and addresses of its windows."""
+    return {"num_warps": 8 if weights.block_n >= 64 else 4, "num_stages": 3}
 
 
 def plan_convolution(

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .channel_operations import fast_obstacle, triton_operations
+from .fast_taehv import FastTAEHVDecoder
+from .fast_wan import FastWanDecoder
 from .latent_stats import LATENT_CHANNELS, denormalise_latents, normalise_latents
 from .taehv import FRAMES_TO_TRIM, TAEHV, TAEHVDecoderState, TAEHVEncoderState
 from .wan_vae import WanVAE, WanVAEState
@@ -78,9 +81,11 @@ class VideoVAE:
         """What the weights are, and what the network computes in."""
         return next(self.network.parameters()).dtype
 
-    def new_decoder(self, *, latents_per_pass: int = DEFAULT_LATENTS_PER_PASS) -> StreamingDecoder:
+    def new_decoder(
+        self, *, latents_per_pass: int = DEFAULT_LATENTS_PER_PASS, use_kernels: bool = True
+    ) -> StreamingDecoder:
         """A decoder at the start of a stream. See `StreamingDecoder`."""
-        return StreamingDecoder(self, latents_per_pass=latents_per_pass)
+        return StreamingDecoder(self, latents_per_pass=latents_per_pass, use_kernels=use_kernels)
 
     def new_encoder(self, *, latents_per_pass: int = DEFAULT_LATENTS_PER_PASS) -> StreamingEncoder:
         """An encoder at the start of a stream. See `StreamingEncoder`.
@@ -120,16 +125,27 @@ class StreamingDecoder:
         vae: the weights and conventions.
         latents_per_pass: most latent frames in one pass of the network; bounds the memory of a
             call, and does not change the frames.
+        use_kernels: decode channels-last with Triton kernels where the weights are float16 or
+            bfloat16 on a GPU that can; frames differ by rounding. False: plain torch everywhere.
 
     Raises:
         ValueError: `latents_per_pass` is below 1.
     """
 
-    def __init__(self, vae: VideoVAE, *, latents_per_pass: int = DEFAULT_LATENTS_PER_PASS) -> None:
+    def __init__(
+        self,
+        vae: VideoVAE,
+        *,
+        latents_per_pass: int = DEFAULT_LATENTS_PER_PASS,
+        use_kernels: bool = True,
+    ) -> None:
         if latents_per_pass < 1:
             raise ValueError(f"latents_per_pass must be at least 1, got {latents_per_pass}")
         self._vae = vae
         self._latents_per_pass = latents_per_pass
+        self._use_kernels = use_kernels
+        self._fast: FastWanDecoder | FastTAEHVDecoder | None = None
+        self._fast_device: torch.device | None = None
         self._state: WanVAEState | TAEHVDecoderState | None = None
 
     @property
@@ -203,15 +219,36 @@ class StreamingDecoder:
                 "call reset() to start another"
             )
 
+    def _prepare(self, device: torch.device) -> None:
+        """Choose how to decode; not before the first pass, because a host may move the weights."""
+        if self._fast_device == device:
+            return
+        self._fast, self._fast_device = None, device
+        vae = self._vae
+        why = fast_obstacle(device, vae.dtype) if self._use_kernels else "asked for"
+        if why:
+            log.info("decoding with plain torch: %s", why)
+            return
+        log.info("decoding channels-last with Triton kernels")
+        run = triton_operations()
+        is_wan = isinstance(vae.network, WanVAE)
+        self._fast = (FastWanDecoder if is_wan else FastTAEHVDecoder)(vae.network, run)
+
     def _decode_pass(self, latents: Tensor) -> Tensor:
+        self._prepare(latents.device)
         at_start = self._state is None
         if isinstance(self._vae.network, WanVAE):
+            if self._fast is not None:
+                frames, self._state = self._fast.decode(latents, self._state)
+                return frames
             pixels, self._state = self._vae.network.decode(latents, self._state)
             return _unit_range(pixels.transpose(1, 2).float() * 0.5 + 0.5)
         if self._vae.latents == "denormalised":
             latents = denormalise_latents(latents)
-        frames, self._state = self._vae.network.decode(latents.transpose(1, 2), self._state)
-        return _unit_range(frames[:, FRAMES_TO_TRIM if at_start else 0 :].float())
+        decode = self._vae.network.decode if self._fast is None else self._fast.decode
+        frames, self._state = decode(latents.transpose(1, 2), self._state)
+        frames = frames[:, FRAMES_TO_TRIM if at_start else 0 :]
+        return _unit_range(frames.float()) if self._fast is None else frames
 
 
 class StreamingEncoder:

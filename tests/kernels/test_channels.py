@@ -35,8 +35,8 @@ KINDS = [
     ("cells", 7, 3, 3),
     ("phases", 32, 40, 1),
     ("phases", 12, 8, 2),
-    ("joint", 48, 24, 1),
-    ("joint", 5, 3, 1),
+    ("phases", 48, 24, 1),
+    ("phases", 5, 3, 1),
 ]
 EVERY_KIND = pytest.mark.parametrize(
     ("kind", "channels", "results", "taps"), KINDS, ids=lambda value: str(value)
@@ -47,14 +47,14 @@ def make(
     kind: str, channels: int, results: int, taps: int, **like: object
 ) -> tuple[Tensor, object]:
     """Weights as a layer has them, and packed. For 'phases' the taps are the growth."""
-    first = taps if kind in ("phases", "joint") else results
-    shape = (first, results, channels) if kind in ("phases", "joint") else (first, channels, taps)
+    first = taps if kind == "phases" else results
+    shape = (first, results, channels) if kind == "phases" else (first, channels, taps)
     weight = (torch.randn(*shape, 3, 3) / (channels * 9) ** 0.5).to(**like)
     if kind == "plain":
         return weight, pack_plain(weight)
     if kind == "cells":
         return weight, pack_in_cells(weight)
-    return weight, pack_enlarging(weight, is_phased=kind == "phases")
+    return weight, pack_enlarging(weight)
 
 
 def plain_torch(kind: str, x: Tensor, weight: Tensor) -> Tensor:
@@ -190,5 +190,5 @@ def test_what_does_not_fit_is_refused(device: torch.device, dtype: torch.dtype) 
         normalise_channels_triton(x[:, :, ::2], vector)
     with pytest.raises(ValueError, match=r"\[results, C, taps, 3, 3\]"):
         pack_plain(torch.zeros(4, 8, 1, 3, 1))
-    with pytest.raises(ValueError, match="grow 1 without phases"):
-        pack_enlarging(torch.zeros(2, 4, 8, 3, 3), is_phased=False)
+    with pytest.raises(ValueError, match=r"\[grow, results, C, 3, 3\]"):
+        pack_enlarging(torch.zeros(4, 8, 3, 3))
