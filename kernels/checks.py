@@ -17,8 +17,6 @@ ROLE_CANDIDATE = 2
 """Its blocks compete if the segment is among the best `keep_candidates` of its kind."""
 ROLE_FORCED = 3
 """Its blocks are selected before all others."""
-PROJECTED_KV_TOKENS = 64
-"""Largest key block of `project_blocks` on a GPU: 128 tokens of head dim 128 spill registers."""
 
 
 def segments_of(x: Tensor, grid: BlockGrid, *, padded: bool, name: str) -> int:
@@ -162,7 +160,7 @@ def check_projection(
     x_v: Tensor,
     keys: Tensor,
     values: Tensor,
-    pooled_keys: Tensor,
+    pooled_keys: Tensor | None,
     open_slots: Tensor,
     q_grid: BlockGrid,
     kv_grid: BlockGrid,
@@ -186,11 +184,9 @@ def check_projection(
             f"x_q must have {batch} batches and a width of {heads} x {head_dim} as the keys, "
             f"got {tuple(x_q.shape)}"
         )
-    if pooled_keys.shape != (batch, heads, slots * kv_grid.blocks_per_segment, head_dim):
-        raise ValueError(
-            f"pooled_keys must be [{batch}, {heads}, {slots * kv_grid.blocks_per_segment}, "
-            f"{head_dim}], got {tuple(pooled_keys.shape)}"
-        )
+    blocks = batch, heads, slots * kv_grid.blocks_per_segment, head_dim
+    if pooled_keys is not None and pooled_keys.shape != blocks:
+        raise ValueError(f"pooled_keys must be {list(blocks)}, got {tuple(pooled_keys.shape)}")
     if q_grid.segment_tokens != x_q.shape[1]:
         raise ValueError(
             f"the queries must be one segment, got {x_q.shape[1]} tokens and segments of "
@@ -201,3 +197,25 @@ def check_projection(
             f"{len(open_slots)} open slots of {kv_grid.segment_tokens} tokens do not take "
             f"{x_q.shape[1]} tokens"
         )
+
+
+def check_rows(hidden: Tensor, branch: Tensor | None, by_segment: dict[str, Tensor | None]) -> None:
+    """Shapes of `add_norm`'s arguments; reads no device memory.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was given.
+    """
+    if hidden.ndim != 2:
+        raise ValueError(f"hidden must be [N, C], got {tuple(hidden.shape)}")
+    if branch is not None and branch.shape != hidden.shape:
+        raise ValueError(
+            f"branch must be like hidden, {tuple(hidden.shape)}, got {tuple(branch.shape)}"
+        )
+    rows, columns = hidden.shape
+    given = {name: x for name, x in by_segment.items() if x is not None}
+    segments = max((len(x) for x in given.values()), default=1)
+    for name, x in given.items():
+        if x.ndim != 2 or x.shape[1] != columns or len(x) not in (1, segments):
+            raise ValueError(f"{name} must be [1 or {segments}, {columns}], got {tuple(x.shape)}")
+    if segments == 0 or rows % segments:
+        raise ValueError(f"{rows} rows are no {segments} segments of equal length")

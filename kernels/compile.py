@@ -38,12 +38,14 @@ from .configs import (
 from .gluon_attention import CONFIGS, plan_gluon
 from .grid import BlockGrid
 from .launch import Launch, is_interpreted
+from .reference_channels import PackedWeights, pack_enlarging, pack_in_cells, pack_plain
 from .triton_attention import plan_attention
+from .triton_channels import plan_convolution, plan_normalisation
 from .triton_merge import plan_merge
 from .triton_pooling import plan_pooling
 from .triton_projection import plan_projection
 from .triton_quantisation import plan_quantisation
-from .triton_rounding import plan_gelu_rounding
+from .triton_rows import plan_add_norm, plan_round_rows
 from .triton_selection import plan_scores, plan_selection
 
 TUNED_WITH = "3.6."
@@ -108,7 +110,12 @@ def compile_all(archs: Sequence[int] = ARCHS, *, processes: int = 2) -> list[Com
 def launches(arch: int) -> dict[str, Callable[[], Launch]]:
     """Every kernel and configuration shipped for an architecture, by name."""
     found: dict[str, Callable[[], Launch]] = {}
-    for name, plan in (*_attention_launches(arch), *_rounding_launches(arch), *_small_launches()):
+    for name, plan in (
+        *_attention_launches(arch),
+        *_row_launches(arch),
+        *_channel_launches(),
+        *_small_launches(),
+    ):
         found.setdefault(name, plan)
     return found
 
@@ -256,16 +263,83 @@ def _int8_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
         yield f"quantisation d{head_dim} b{block}", lambda d=head_dim, b=block: quantisation(d, b)
 
 
-def _rounding_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
-    """Feed-forward widths of 1.3B and 14B, where the hardware multiplies e4m3 numbers."""
+def _row_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
+    """Widths of 1.3B and 14B; rounding where the hardware multiplies e4m3 numbers."""
+    e4m3, wide = torch.float8_e4m3fn, torch.float32
 
-    def rounding(columns: int) -> Launch:
-        x, scales = _meta(4680, columns), _meta(4680, 1, dtype=torch.float32)
-        return plan_gelu_rounding(x, _meta(4680, columns, dtype=torch.float8_e4m3fn), scales)
+    def rounding(columns: int, gelu: bool) -> Launch:
+        out, scales = _meta(4680, columns, dtype=e4m3), _meta(4680, 1, dtype=wide)
+        return plan_round_rows(_meta(4680, columns), out, scales, gelu)
 
+    def norm(columns: int, kind: str, eight_bit: bool) -> Launch:
+        x, scales = _meta(4680, columns), _meta(4680, 1, dtype=wide)
+        table, weight = _meta(3, columns, dtype=wide), _meta(1, columns)
+        out = _meta(4680, columns, dtype=e4m3) if eight_bit else x
+        # A sum with a gate, one without, none; the norm of the text's queries.
+        branch, gate, gain, shift = {
+            "gated": (x, table, table, table),
+            "affine": (x, table, weight, weight),
+            "added": (x, None, table, table),
+            "first": (None, None, table, table),
+            "rms": (None, None, weight, None),
+        }[kind]
+        return plan_add_norm(x, branch, gate, gain, shift, x, out, scales, 1e-6, kind == "rms")
+
+    for columns in (1536, 5120):
+        for kind in ("gated", "affine", "added", "first", "rms"):
+            arguments = columns, kind, False
+            yield f"norm {columns} {kind}", lambda a=arguments: norm(*a)
+            if arch >= 89 and kind != "rms":
+                arguments = columns, kind, True
+                yield f"norm {columns} {kind} to e4m3", lambda a=arguments: norm(*a)
     if arch >= 89:
-        for columns in (8960, 13824):
-            yield f"gelu rounding {columns}", lambda n=columns: rounding(n)
+        for columns, gelu in ((1536, False), (5120, False), (8960, True), (13824, True)):
+            name = f"rounding {columns}{' gelu' if gelu else ''}"
+            yield name, lambda n=columns, g=gelu: rounding(n, g)
+
+
+def _channel_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
+    """Every kind of convolution of the video decoders, at their widths."""
+
+    def convolution(
+        pack: Callable[[Tensor], PackedWeights], sizes: tuple[int, ...], has_residual: bool
+    ) -> Launch:
+        weights = pack(_meta(*sizes, 3, 3))
+        x = _meta(1, 14, 480, 832, weights.channels)
+        out, bias = _meta(*weights.out_shape(x)), _meta(weights.out_channels)
+        residual = out if has_residual else None
+        return plan_convolution(x, weights, bias, residual, out, is_rectified=True)
+
+    def planes(channels: int, taps: int) -> Launch:
+        weights = pack_in_cells(_meta(3, channels, taps, 3, 3))
+        x = _meta(1, 14, 480, 832, channels)
+        batch, depth, height, width, _ = weights.out_shape(x)
+        out = _meta(batch, depth, 3, height, width, dtype=torch.float32)
+        return plan_convolution(x, weights, _meta(3), None, out, to_planes=True)
+
+    def normalisation(channels: int, has_more: bool) -> Launch:
+        x, vector = _meta(1, 14, 480, 832, channels), _meta(channels)
+        more = (vector, x, x) if has_more else (None, None, None)
+        return plan_normalisation(x, vector, *more, x, is_activated=True)
+
+    plain = ((256, 16, 1), (256, 256, 2), (256, 256, 1), (128, 128, 2), (64, 64, 1))
+    cells = ((24, 24, 3),)
+    enlarging = ((1, 192, 384), (1, 96, 192), (1, 48, 96), (1, 24, 48))
+    grown = ((1, 128, 256), (2, 64, 128), (2, 64, 64))
+    kinds = (("plain", pack_plain, plain), ("cells", pack_in_cells, cells),
+             ("enlarging", pack_enlarging, enlarging + grown))  # fmt: skip
+    for kind, pack, all_sizes in kinds:
+        for sizes in all_sizes:
+            has_residual = kind != "enlarging"
+            name = f"convolution {kind} {'x'.join(map(str, sizes))}"
+            arguments = pack, sizes, has_residual
+            yield name, lambda arguments=arguments: convolution(*arguments)
+    for sizes in ((24, 3), (64, 1), (96, 3)):
+        yield f"convolution planes {sizes[0]}x{sizes[1]}", lambda sizes=sizes: planes(*sizes)
+    for channels, has_more in itertools.product((24, 96, 192, 384), (False, True)):
+        name = f"normalisation {channels}{' sum' if has_more else ''}"
+        arguments = channels, has_more
+        yield name, lambda arguments=arguments: normalisation(*arguments)
 
 
 def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
@@ -293,29 +367,29 @@ def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
         out = _meta(1, 4680, _HEADS, head_dim)
         return plan_merge(parts, parts[..., 0], out, 396, BlockGrid(4680, 128))
 
-    def projection(head_dim: int, q_block: int, kv_block: int) -> Launch:
-        kv_grid = BlockGrid(1560, kv_block)
-        x, slots = _meta(1, 4680, _HEADS * head_dim), _meta(3, dtype=torch.int32)
-        keys = _meta(1, _SEGMENTS, kv_grid.slot_tokens, _HEADS, head_dim)
+    def projection(head_dim: int, q_block: int, kv_block: int, heads: int, pools: bool) -> Launch:
+        kv_grid = BlockGrid(1560, kv_block if pools else 1560)
+        x, slots = _meta(1, 4680, heads * head_dim), _meta(3, dtype=torch.int32)
+        keys = _meta(1, _SEGMENTS, kv_grid.slot_tokens, heads, head_dim)
         blocks = _SEGMENTS * kv_grid.blocks_per_segment
-        pooled = _meta(1, _HEADS, blocks, head_dim, dtype=torch.float32)
         angles, out = (
             _meta(4680, head_dim // 2, dtype=torch.float32),
-            _meta(1, 4680, _HEADS, head_dim),
+            _meta(*x.shape[:2], heads, head_dim),
         )
         q_grid = BlockGrid(4680, q_block)
-        pooled_q = _meta(1, _HEADS, q_grid.blocks_per_segment, head_dim, dtype=torch.float32)
+        pooled, pooled_q = (
+            _meta(1, heads, n, head_dim, dtype=torch.float32) if pools else None
+            for n in (blocks, q_grid.blocks_per_segment)
+        )
         return plan_projection(x, x, x, x[0, 0], x[0, 0], 1e-6, angles, angles, keys, keys, pooled,
                                slots, out, pooled_q, q_grid, kv_grid)  # fmt: skip
 
-    for head_dim, (q_block, kv_block) in itertools.product(
-        HEAD_DIMS, ((16, 16), (64, 64), (128, 64))
-    ):
-        shape = head_dim, q_block, kv_block
-        yield (
-            f"projection d{head_dim} q{q_block} k{kv_block}",
-            lambda shape=shape: projection(*shape),
-        )
+    for head_dim, blocks in itertools.product(HEAD_DIMS, ((16, 16), (64, 64), (128, 64))):
+        shape = head_dim, *blocks, _HEADS, True
+        name = f"projection d{head_dim} q{blocks[0]} k{blocks[1]}"
+        yield name, lambda shape=shape: projection(*shape)
+    yield "projection d128 14B", lambda: projection(128, 128, 64, 40, True)
+    yield "projection d128 dense", lambda: projection(128, 64, 64, _HEADS, False)
     for head_dim in HEAD_DIMS:
         yield f"merge d{head_dim}", lambda d=head_dim: merge(d)
     for head_dim, block in itertools.product(HEAD_DIMS, (16, 32, 64, 128)):

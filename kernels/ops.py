@@ -15,6 +15,8 @@ from .triton_selection import select_blocks_triton
 __all__ = [
     "add_norm_triton",
     "block_sparse_attention_triton",
+    "convolve_channels_triton",
+    "convolve_to_planes_triton",
     "normalise_channels_triton",
     "pool_blocks_triton",
     "project_blocks_triton",

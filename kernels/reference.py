@@ -240,12 +240,12 @@ def project_blocks(
     sin: Tensor,
     keys: Tensor,
     values: Tensor,
-    pooled_keys: Tensor,
+    pooled_keys: Tensor | None,
     open_slots: Tensor,
     *,
     q_grid: BlockGrid,
     kv_grid: BlockGrid,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """From projections to what attention takes; keys and values go to their slots.
 
     Args:
@@ -254,12 +254,14 @@ def project_blocks(
         eps: of the norms.
         cos, sin: float32 [S, D / 2], rotary of each token; neighbouring pairs rotate.
         keys, values: [B, slots, rows of a slot, H, D], written in the open slots, padding not.
-        pooled_keys: float32 [B, H, slots * blocks, D], written in the open slots' blocks.
+        pooled_keys: float32 [B, H, slots * blocks, D], written in the open slots' blocks; None:
+            nothing is pooled.
         open_slots: int32 [S / kv_grid.segment_tokens], where each segment goes.
         q_grid: one segment of S tokens.
 
     Returns:
-        q [B, S, H, D], normalised and rotated, and its block means, float32 [B, H, blocks, D].
+        q [B, S, H, D], normalised and rotated, and its block means, float32 [B, H, blocks, D],
+        or None where nothing is pooled.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -278,31 +280,17 @@ def project_blocks(
 
     q, k = rotated(x_q, weight_q), rotated(x_k, weight_k)
     v = x_v.unflatten(-1, (heads, -1))
-    pooled = pool_blocks(k, kv_grid, padded=False).unflatten(2, (len(open_slots), -1))
-    per_slot = kv_grid.blocks_per_segment
     tokens = kv_grid.segment_tokens
     for segment, slot in enumerate(open_slots.tolist()):
         own = slice(segment * tokens, (segment + 1) * tokens)
         keys[:, slot, :tokens] = k[:, own]
         values[:, slot, :tokens] = v[:, own]
-        pooled_keys[:, :, slot * per_slot : (slot + 1) * per_slot] = pooled[:, :, segment]
+    if pooled_keys is None:
+        return q, None
+    of_slots = pooled_keys.unflatten(2, (-1, kv_grid.blocks_per_segment))
+    pooled = pool_blocks(k, kv_grid, padded=False).unflatten(2, (len(open_slots), -1))
+    of_slots[:, :, open_slots.long()] = pooled
     return q, pool_blocks(q, q_grid, padded=False)
-
-
-def gelu_round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU (its tanh form), then e4m3 numbers with a scale for each row.
-
-    Args:
-        x: [N, K], any float type.
-
-    Returns:
-        e4m3 [N, K] and float32 scales [N, 1]; number x scale is the value. A row of zeros gets a
-        scale above zero.
-    """
-    value = F.gelu(x.to(_wide(x)), approximate="tanh")
-    largest = value.abs().amax(1, keepdim=True).clamp(min=1e-12)
-    scale = largest / torch.finfo(torch.float8_e4m3fn).max
-    return (value / scale).to(torch.float8_e4m3fn), scale.float()
 
 
 def merge_parts(

@@ -91,7 +91,7 @@ REFERENCE = AttentionBackend(
 
 def list_backends() -> list[BackendStatus]:
     """Every backend and what this machine says to it, for `doctor`."""
-    obstacles = _triton_machine_obstacles()
+    obstacles = triton_obstacles()
     where = "interpreted on the CPU (TRITON_INTERPRET=1), slow"
     if torch.cuda.is_available():
         where = f"on {torch.cuda.get_device_name()}"
@@ -210,7 +210,7 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_machine_obstacles() -> list[str]:
+def triton_obstacles() -> list[str]:
     """Reasons why this machine cannot run the Triton kernels at all."""
     if importlib.util.find_spec("triton") is None:
         return ["Triton is not installed (it comes with torch's CUDA builds for Linux)"]
@@ -231,7 +231,7 @@ def _import_obstacles() -> list[str]:
 
 def _triton_obstacles(job: AttentionJob) -> list[str]:
     """Every reason why the Triton kernels cannot do a job."""
-    obstacles = _triton_machine_obstacles()
+    obstacles = triton_obstacles()
 
     def demand(met: bool, reason: str) -> None:
         if not met:
@@ -272,7 +272,7 @@ def _triton_obstacles(job: AttentionJob) -> list[str]:
 
 def _triton_head_dims() -> tuple[int, ...]:
     """Head dims of the kernels; none where they cannot be imported, which is said elsewhere."""
-    if _triton_machine_obstacles():
+    if triton_obstacles():
         return ()
     from ..kernels.triton_attention import HEAD_DIMS
 

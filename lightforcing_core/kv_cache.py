@@ -270,11 +270,6 @@ class KVCache:
         self._unpooled_layers.add(layer)
         self._unquantised_layers.add(layer)
 
-    def mark_written(self) -> None:
-        """All layers of the open chunk were stored again without `write`: a recorded forward."""
-        for stale in (self._unpooled_layers, self._unquantised_layers):
-            stale.update(range(self.spec.num_layers))
-
     def visible(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values that the open chunk attends to, each [B, S, H, D].
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.checks import PROJECTED_KV_TOKENS
 from .attention import CachedAttention, ChunkAttention
 from .errors import Cancelled, UserError
 from .fast.engine import ForwardEngine
@@ -244,12 +243,15 @@ def _attention(
     engine: ForwardEngine | None,
 ) -> tuple[KVCache, ChunkAttention]:
     """The cache of a run, and the attention over it."""
+    if settings.sparse is None and engine is not None:
+        attend = engine.dense_attention(spec, device)
+        return attend.cache, attend
     if settings.sparse is None:
         cache = KVCache(spec, device)
         return cache, CachedAttention(cache, Stopwatch(device))
     timeline = settings.timeline(given_frames)
     backend = sparse_backend(settings.sparse, spec, device)
-    if engine is not None and spec.block_tokens <= PROJECTED_KV_TOKENS and not spec.int8_keys:
+    if engine is not None and not spec.int8_keys:
         attend = engine.attention(spec, settings.sparse, timeline, backend, device)
         return attend.cache, attend
     if engine is not None and spec.int8_keys:

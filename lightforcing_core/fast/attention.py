@@ -1,4 +1,4 @@
-"""Sparse attention whose changing numbers lie on the device, so that a graph can hold a forward.
+"""Attention whose changing numbers lie on the device, so that a graph can hold a forward.
 
 From chunk to chunk change: the slots of the open frames, which slots may be chosen from, and how
 many blocks to keep. They lie in small tensors at fixed addresses, filled when a chunk begins;
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.grid import BlockGrid
-from ..attention import dense_attention
+from ..attention import CachedAttention, dense_attention
 from ..backends import AttentionBackend
 from ..kv_cache import KVCache
 from ..schedule import Timeline
@@ -27,6 +27,7 @@ from ..sparse import SparseAttention, _Prepared
 from ..sparse_settings import SparseSettings
 from ..stopwatch import Stopwatch
 from ..wan.forward import PositionTable
+from .operations import fused_operations
 
 
 class GraphKey(NamedTuple):
@@ -34,20 +35,108 @@ class GraphKey(NamedTuple):
 
     Attributes:
         generation: of the addresses; 0 for a dense first chunk.
+        frames: of the chunk.
         chooses: whether the pass chooses blocks.
         has_own: whether each query block's own block is guaranteed.
     """
 
     generation: int
+    frames: int
     chooses: bool
     has_own: bool
+
+
+class _OpenSlots:
+    """Where the open chunk's frames go, on the device; chunks of one length share an address."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._by_length: dict[int, Tensor] = {}
+        self.numbers = torch.zeros(0, dtype=torch.int32, device=device)
+
+    def fill(self, slots: Sequence[int]) -> None:
+        if len(slots) not in self._by_length:
+            empty = torch.zeros(len(slots), dtype=torch.int32, device=self._device)
+            self._by_length[len(slots)] = empty
+        self.numbers = self._by_length[len(slots)]
+        self.numbers.copy_(on_host(slots, self._device), non_blocking=True)
+
+
+def on_host(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """int32, in memory that a copy to the device need not wait for."""
+    x = torch.tensor(list(numbers), dtype=torch.int32)
+    return x.pin_memory() if device.type == "cuda" else x
+
+
+class FastDenseAttention(CachedAttention):
+    """`CachedAttention` that takes projections: norm, rotary and cache write are one launch."""
+
+    takes_projections = True
+
+    def __init__(self, cache: KVCache, device: torch.device) -> None:
+        super().__init__(cache, Stopwatch(device))
+        self._open = _OpenSlots(device)
+        self._project = fused_operations(device).project_blocks
+
+    def begin_chunk(self, chunk: int | None) -> None:
+        self._open.fill(self.cache.open_slots)
+
+    def restart(self) -> None:
+        """Another video over the same cache."""
+        self.cache.restart()
+        assert self._watch is not None
+        self._watch.take()
+
+    def project(
+        self,
+        layer: int,
+        x_q: Tensor,
+        x_k: Tensor,
+        x_v: Tensor,
+        module: nn.Module,
+        positions: PositionTable,
+    ) -> Tensor:
+        """As `FastSparseAttention.project`."""
+        assert self._watch is not None
+        cache, grid = self.cache, BlockGrid(x_q.shape[1], x_q.shape[1])
+        arguments = _arguments(cache, layer, x_q, x_k, x_v, module, positions, self._open.numbers)
+        q, _ = self._project(*arguments, q_grid=grid, kv_grid=cache.spec.grid)
+        with self._watch.span("attend"):
+            return dense_attention(q, *cache.visible(layer))
+
+
+def _arguments(
+    cache: KVCache,
+    layer: int,
+    x_q: Tensor,
+    x_k: Tensor,
+    x_v: Tensor,
+    module: nn.Module,
+    positions: PositionTable,
+    open_slots: Tensor,
+) -> tuple[Any, ...]:
+    """Of `project_blocks`, its grids apart."""
+    return (
+        x_q,
+        x_k,
+        x_v,
+        module.norm_q.weight,
+        module.norm_k.weight,
+        module.norm_q.eps,
+        positions.cos,
+        positions.sin,
+        cache.keys[layer],
+        cache.values[layer],
+        cache.pooled_keys[layer] if cache.pooled_keys else None,
+        open_slots,
+    )
 
 
 class FastSparseAttention(SparseAttention):
     """`SparseAttention` that takes projections instead of rotated queries and keys.
 
-    A pass whose layers share one budget and choose by score goes through fixed addresses; every
-    other pass (dense, fixed windows, budgets that differ by layer) is computed as in
+    A pass whose layers share one budget and choose by score goes through fixed addresses, and so
+    does a dense one; every other (fixed windows, budgets that differ by layer) is computed as in
     `SparseAttention`.
     """
 
@@ -62,11 +151,11 @@ class FastSparseAttention(SparseAttention):
         spec = cache.spec
         self._roles = torch.zeros(spec.capacity_frames, dtype=torch.int32, device=self._device)
         self._limits = torch.zeros(2, dtype=torch.int32, device=self._device)
-        self._open = torch.zeros(0, dtype=torch.int32, device=self._device)
+        self._open = _OpenSlots(self._device)
         self._own: Tensor | None = None
         self._lists: list[tuple[Tensor, Tensor]] = []  # of each layer, [B, H, query blocks, width]
         self._generation = 0  # of the addresses
-        self._is_static = False
+        self._is_static = self._is_dense = False
         self._planned: set[int] = set()  # layers whose lists are this chunk's
         self._is_recorded = False
 
@@ -75,7 +164,7 @@ class FastSparseAttention(SparseAttention):
         self.cache.restart()
         self.settings, self._timeline, self._off = settings, timeline, False
         self._watch = Stopwatch(self._device)  # a cancelled video's times are not this one's
-        self._is_static = self._is_recorded = False
+        self._is_static = self._is_dense = self._is_recorded = False
         self._planned.clear()
 
     def _launch_all(self, own_block_variants: set[bool] | None) -> None:
@@ -124,9 +213,11 @@ class FastSparseAttention(SparseAttention):
         super().begin_chunk(chunk)
         self._planned.clear()
         prepared = list(self._prepared.values())
+        self._is_dense = all(one is None for one in prepared)
         self._is_static = (
             len(prepared) == 1 and prepared[0] is not None and prepared[0].fixed is None
         )
+        self._open.fill(self.cache.open_slots)
         if self._is_static:
             assert prepared[0] is not None
             self._fill(prepared[0])
@@ -139,13 +230,9 @@ class FastSparseAttention(SparseAttention):
         own = prepared.own_blocks
         fits = bool(self._lists) and self._lists[0][1].shape == rows
         fits = fits and self._lists[0][0].shape[3] >= width
-        fits = fits and len(self._open) == len(self.cache.open_slots)
         if not fits or (own is None) != (self._own is None):
             planned = [r.top_k for r in self._rules_to_come() if r is not None]
             width = max([width, *planned])
-            self._open = torch.zeros(
-                len(self.cache.open_slots), dtype=torch.int32, device=self._device
-            )
             self._own = None if own is None else torch.zeros_like(own)
 
             def empty(*shape: int) -> Tensor:
@@ -154,20 +241,17 @@ class FastSparseAttention(SparseAttention):
             self._lists = [(empty(*rows, width), empty(*rows)) for _ in range(spec.num_layers)]
             self._generation += 1
         absent = [0] * (spec.capacity_frames - len(rule.roles))
-        self._roles.copy_(self._host([*rule.roles, *absent]), non_blocking=True)
-        self._limits.copy_(self._host([rule.keep_candidates, rule.top_k]), non_blocking=True)
-        self._open.copy_(self._host(self.cache.open_slots), non_blocking=True)
+        self._roles.copy_(on_host([*rule.roles, *absent], self._device), non_blocking=True)
+        self._limits.copy_(
+            on_host([rule.keep_candidates, rule.top_k], self._device), non_blocking=True
+        )
         if own is not None and self._own is not None:
             self._own.copy_(own)
-
-    def _host(self, numbers: Sequence[int]) -> Tensor:
-        x = torch.tensor(list(numbers), dtype=torch.int32)
-        return x.pin_memory() if self._device.type == "cuda" else x
 
     @property
     def takes_projections(self) -> bool:
         """Whether the open chunk's passes go through fixed addresses: then use `project`."""
-        return self._is_static
+        return self._is_static or self._is_dense
 
     @property
     def is_recordable(self) -> bool:
@@ -179,11 +263,12 @@ class FastSparseAttention(SparseAttention):
 
         A dense chunk that begins a video sees itself only: its passes are alike too.
         """
+        frames = len(self.cache.open_slots)
         if self._is_static:
             chooses = not self._planned or self.settings.plans_anew(self._step)
-            return GraphKey(self._generation, chooses, self._own is not None)
-        alone = len(self.cache.open_slots) == self.cache.visible_frames
-        return GraphKey(0, False, False) if alone else None
+            return GraphKey(self._generation, frames, chooses, self._own is not None)
+        alone = self._is_dense and frames == self.cache.visible_frames
+        return GraphKey(0, frames, False, False) if alone else None
 
     def record(self, recording: bool) -> None:
         """Within a recording nothing is timed and nothing is counted; `replayed` counts."""
@@ -197,7 +282,6 @@ class FastSparseAttention(SparseAttention):
             self._counts += [counts for _, counts in self._lists]
         else:
             self._counts += [None for _ in layers]
-            self.cache.mark_written()
 
     @property
     def plans(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -223,24 +307,18 @@ class FastSparseAttention(SparseAttention):
         Returns:
             [B, S, H, D].
         """
-        assert self._is_static
         cache, spec = self.cache, self.cache.spec
+        arguments = _arguments(cache, layer, x_q, x_k, x_v, module, positions, self._open.numbers)
+        if self._is_dense:
+            q, _ = self._backend.project_blocks(*arguments, q_grid=self._q_grid, kv_grid=spec.grid)
+            if not self._is_recorded:
+                self._counts.append(None)
+            with self._span("attend"):
+                return dense_attention(q, *cache.visible(layer))
+        assert self._is_static
         with self._span("select"):
             q, pooled_q = self._backend.project_blocks(
-                x_q,
-                x_k,
-                x_v,
-                module.norm_q.weight,
-                module.norm_k.weight,
-                module.norm_q.eps,
-                positions.cos,
-                positions.sin,
-                cache.keys[layer],
-                cache.values[layer],
-                cache.pooled_keys[layer],
-                self._open,
-                q_grid=self._q_grid,
-                kv_grid=spec.grid,
+                *arguments, q_grid=self._q_grid, kv_grid=spec.grid
             )
             if layer not in self._planned or self.settings.plans_anew(self._step):
                 self._backend.select_blocks(
@@ -268,13 +346,6 @@ class FastSparseAttention(SparseAttention):
                 q_grid=self._q_grid,
                 kv_grid=spec.grid,
             )
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not self._is_recorded:
-            return super().__call__(layer, q, k, v)
-        # Only a dense first chunk is recorded without `project`.
-        self.cache.write(layer, k, v)
-        return dense_attention(q, *self.cache.visible(layer))
 
     def _span(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._is_recorded else self._watch.span(name)

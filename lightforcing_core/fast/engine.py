@@ -1,4 +1,4 @@
-"""Runs the forwards of one rollout: blocks compiled, attention fused, launches recorded.
+"""Runs the forwards of one rollout: what lies between matrix products fused, launches recorded.
 
 A forward of 1.3B is about a thousand launches, and the host needs longer to issue them than the
 GPU to do them. Forwards that launch the same with the same addresses are recorded as a CUDA graph
@@ -28,23 +28,16 @@ from ..errors import UserError
 from ..kv_cache import CacheSpec, KVCache
 from ..schedule import Timeline
 from ..sparse_settings import SparseSettings
-from ..wan.forward import (
-    PositionTable,
-    RunBlock,
-    SelfAttend,
-    TextContext,
-    after_attention,
-    projections,
-    run_block,
-    wan_forward,
-)
-from .attention import FastSparseAttention, GraphKey
+from ..wan.forward import PositionTable, SelfAttend, TextContext, wan_forward
+from .attention import FastDenseAttention, FastSparseAttention, GraphKey
 from .linears import with_eight_bit_linears
+from .operations import fused_obstacles, fused_operations
+from .stack import FusedBlocks, blocks_obstacle
 
 log = logging.getLogger("lightforcing")
 
-SPEEDS = ("plain", "graphs", "compiled", "fp8")
-"""As it stands; launches recorded; blocks compiled too; linear layers in eight bits too."""
+SPEEDS = ("plain", "fast", "fp8")
+"""As it stands; fused and recorded; linear layers in eight bits too."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +51,9 @@ class _Recording:
     velocity: Tensor
 
 
+FastAttention = FastSparseAttention | FastDenseAttention
+
+
 class _Name(NamedTuple):
     """By which a recording is found."""
 
@@ -69,24 +65,22 @@ class _Name(NamedTuple):
 class ForwardEngine:
     """Stands in for `wan_forward` in a rollout."""
 
-    def __init__(
-        self, tree: nn.Module, *, compiled: bool = True, graphs: bool = True, keep: bool = False
-    ) -> None:
+    def __init__(self, tree: nn.Module, *, graphs: bool = True, keep: bool = False) -> None:
         """
         Args:
             tree: Wan-shaped module tree, resident on a GPU.
-            compiled: fuse what surrounds attention with torch.compile.
             graphs: record sparse forwards. Without a CUDA device nothing is recorded.
             keep: hold the cache and the recordings from one video to the next; `release` frees
                 them.
         """
         self.tree = tree
         self._keep = keep
-        self._kept: tuple[Hashable, FastSparseAttention] | None = None
+        self._kept: tuple[Hashable, FastAttention] | None = None
         self._text: TextContext | None = None
         self._text_from: TextContext | None = None
-        self._graphs = graphs and tree.patch_embedding.weight.device.type == "cuda"
-        self._runner = block_runner(compiled=compiled)
+        device = tree.patch_embedding.weight.device
+        self._graphs = graphs and device.type == "cuda"
+        self._blocks = FusedBlocks(fused_operations(device))
         self._seen: set[Hashable] = set()
         self._recordings: dict[_Name, _Recording] = {}
         self._pool: tuple[int, int] | None = None
@@ -130,23 +124,48 @@ class ForwardEngine:
         backend: AttentionBackend,
         device: torch.device,
     ) -> FastSparseAttention:
-        """Attention over a cache of this kind: new, or what the last video left.
+        """Sparse attention over a cache of this kind: new, or what the last video left.
 
         Raises:
             RuntimeError: another video of this engine is not over.
         """
-        self._refuse_second_video()
         blocks = settings.query_block_tokens, settings.token_order
         kind = spec, blocks, backend.name, str(device)
-        if self._kept is not None and self._kept[0] == kind:
-            self._kept[1].restart(settings, timeline)
-            return self._kept[1]
-        self.release()
+        kept = self._take_kept(kind)
+        if kept is not None:
+            assert isinstance(kept, FastSparseAttention)
+            kept.restart(settings, timeline)
+            return kept
         cache = KVCache(spec, device, backend.pool_blocks)
         attend = FastSparseAttention(cache, settings, timeline, backend)
         if self._keep:
             self._kept = kind, attend
         return attend
+
+    def dense_attention(self, spec: CacheSpec, device: torch.device) -> FastDenseAttention:
+        """Dense attention over a cache of this kind: new, or what the last video left.
+
+        Raises:
+            RuntimeError: another video of this engine is not over.
+        """
+        kind = spec, "dense", str(device)
+        kept = self._take_kept(kind)
+        if kept is not None:
+            assert isinstance(kept, FastDenseAttention)
+            kept.restart()
+            return kept
+        attend = FastDenseAttention(KVCache(spec, device), device)
+        if self._keep:
+            self._kept = kind, attend
+        return attend
+
+    def _take_kept(self, kind: Hashable) -> FastAttention | None:
+        """What the last video left, if it is of this kind; else nothing is left."""
+        self._refuse_second_video()
+        if self._kept is not None and self._kept[0] == kind:
+            return self._kept[1]
+        self.release()
+        return None
 
     def __call__(
         self,
@@ -193,7 +212,7 @@ class ForwardEngine:
         positions: PositionTable,
     ) -> Tensor:
         return wan_forward(
-            self.tree, x, timesteps, frame_indices, text, attend, positions, self._runner
+            self.tree, x, timesteps, frame_indices, text, attend, positions, self._blocks
         )
 
     def _record(
@@ -247,51 +266,31 @@ class ForwardEngine:
 
 
 def engine_for(tree: nn.Module, speed: str | None, *, keep: bool = False) -> ForwardEngine | None:
-    """The engine of a speed, one of `SPEEDS`; None: graphs on a GPU, plain elsewhere.
+    """The engine of a speed, one of `SPEEDS`; None: fast where this machine can, else plain.
 
     Raises:
-        UserError: no such speed, or this machine cannot do it.
+        UserError: no such speed, or this machine cannot do it; lists every reason.
     """
-    weight = tree.blocks[0].self_attn.q.weight
-    is_gpu = weight.device.type == "cuda"
-    speed = speed or ("graphs" if is_gpu else "plain")
-    if speed not in SPEEDS:
+    if speed not in (None, *SPEEDS):
         raise UserError(f"no speed '{speed}'; choose one of {', '.join(SPEEDS)}")
     if speed == "plain":
         return None
-    if not is_gpu:
-        raise UserError(f"the speed '{speed}' needs a CUDA device, this run is on {weight.device}")
+    if obstacles := fast_obstacles(tree):
+        if speed is None:
+            log.info("forwards as they stand, not fused: %s", "; ".join(obstacles))
+            return None
+        raise UserError(
+            f"the speed '{speed}' cannot be used: {'; '.join(obstacles)}; choose 'plain'"
+        )
     if speed == "fp8":
         tree = with_eight_bit_linears(tree)
-    return ForwardEngine(tree, compiled=speed != "graphs", keep=keep)
+    return ForwardEngine(tree, keep=keep)
 
 
-def block_runner(*, compiled: bool = True) -> RunBlock:
-    """Runs a block, handing projections to an attention that takes them."""
-    before, after = projections, after_attention
-    if compiled:
-        from ..wan.compiled import compiled_block_runner
-
-        before = torch.compile(projections, dynamic=False)
-        after = torch.compile(after_attention, dynamic=False)
-        plain = compiled_block_runner()
-    else:
-        plain = run_block
-
-    def run(
-        block: nn.Module,
-        layer: int,
-        hidden: Tensor,
-        modulation: Tensor,
-        num_heads: int,
-        positions: PositionTable,
-        text: TextContext,
-        attend: SelfAttend,
-    ) -> Tensor:
-        if not (isinstance(attend, FastSparseAttention) and attend.takes_projections):
-            return plain(block, layer, hidden, modulation, num_heads, positions, text, attend)
-        x_q, x_k, x_v = before(block, hidden, modulation)
-        attended = attend.project(layer, x_q, x_k, x_v, block.self_attn, positions)
-        return after(block, hidden, attended, modulation, text.keys[layer], text.values[layer])
-
-    return run
+def fast_obstacles(tree: nn.Module) -> list[str]:
+    """Why the forwards of this tree cannot be fused where it lies; empty: they can."""
+    weight = tree.blocks[0].self_attn.q.weight
+    obstacles = fused_obstacles(weight.device, weight.dtype)
+    if (unlike := blocks_obstacle(tree.blocks)) is not None:
+        obstacles.append(unlike)
+    return obstacles

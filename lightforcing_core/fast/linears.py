@@ -1,8 +1,8 @@
 """Linear layers with eight-bit products: weights in fp8, activations rounded on the way in.
 
 Weights are e4m3 with a scale for each output channel; activations get a scale for each token, found
-where they are made (torch.compile joins the rounding to the norm or GELU before it). Sums are
-float32. Only the large layers of the blocks are exchanged: text, time, patches and head stay.
+where they are made (`stack` joins the rounding to the norm or GELU before it). Sums are float32.
+Only the large layers of the blocks are exchanged: text, time, patches and head stay.
 
 Needs compute capability 8.9 (RTX 40, H100) or newer.
 """
@@ -14,17 +14,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ...kernels.reference_rows import round_rows
 from ..errors import UserError
+from .operations import fused_operations
 
-_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _LEAST_CAPABILITY = (8, 9)
-
-
-def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [N, K] as e4m3 numbers and one float32 scale for each row, [N, 1]."""
-    largest = x.abs().amax(dim=1, keepdim=True).float()
-    scale = largest.clamp(min=1e-12) / _LARGEST
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 class EightBitLinear(nn.Module):
@@ -33,16 +27,33 @@ class EightBitLinear(nn.Module):
     Reference: `torch._scaled_mm` with row-wise scales.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, *linears: nn.Linear) -> None:
+        """Several layers of the same input are one, with their outputs side by side."""
         super().__init__()
-        weight, scale = round_rows(linear.weight.detach())
+        rounded = [round_rows(linear.weight.detach()) for linear in linears]
+        weight = torch.cat([numbers.view(torch.uint8) for numbers, _ in rounded])
+        scale = torch.cat([scale for _, scale in rounded]).t().contiguous()
+        biases = [linear.bias.detach().bfloat16() for linear in linears if linear.bias is not None]
+        bias = torch.cat(biases) if len(biases) == len(linears) else None
+        self._hold(weight.view(torch.float8_e4m3fn), scale, bias)
+
+    def _hold(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         self.register_buffer("weight", weight, persistent=False)  # [out, in]
-        self.register_buffer("scale", scale.t().contiguous(), persistent=False)  # [1, out]
-        bias = None if linear.bias is None else linear.bias.detach().bfloat16()
+        self.register_buffer("scale", scale, persistent=False)  # [1, out]
         self.register_buffer("bias", bias, persistent=False)
 
+    def part(self, start: int, stop: int) -> EightBitLinear:
+        """The layer of some outputs alone, in the same memory."""
+        part = EightBitLinear.__new__(EightBitLinear)
+        nn.Module.__init__(part)
+        rows = slice(start, stop)
+        part._hold(
+            self.weight[rows], self.scale[:, rows], None if self.bias is None else self.bias[rows]
+        )
+        return part
+
     def forward(self, x: Tensor) -> Tensor:
-        out = self.multiply(*round_rows(x.flatten(0, -2)))
+        out = self.multiply(*fused_operations(x.device).round_rows(x.flatten(0, -2)))
         return out.unflatten(0, x.shape[:-1])
 
     def multiply(self, rounded: Tensor, scale: Tensor) -> Tensor:
@@ -64,19 +75,11 @@ class EightBitFeedForward(nn.Module):
     def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
         super().__init__()
         self.first, self.second = EightBitLinear(first), EightBitLinear(second)
-        # torch.compile would read the wide activations twice and take three times as long. Marked
-        # here and not where it is defined: the mark alone imports half of torch.
-        self._round = torch.compiler.disable(_gelu_round)
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded, scale = self._round(self.first(x).flatten(0, -2))
-        return self.second.multiply(rounded, scale).unflatten(0, x.shape[:-1])
-
-
-def _gelu_round(x: Tensor) -> tuple[Tensor, Tensor]:
-    from ...kernels.ops import gelu_round_rows_triton
-
-    return gelu_round_rows_triton(x)
+        wide = self.first(x).flatten(0, -2)
+        rounded = fused_operations(x.device).round_rows(wide, gelu=True)
+        return self.second.multiply(*rounded).unflatten(0, x.shape[:-1])
 
 
 def eight_bit_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -116,11 +119,16 @@ def _block(block: nn.Module) -> nn.Module:
     fast._modules = dict(block._modules)
     for name in ("self_attn", "cross_attn"):
         attention = copy.copy(fast._modules[name])
-        attention._modules = dict(attention._modules)
-        for linear in ("q", "k", "v", "o"):
-            # Keys and values of the text are made once a prompt.
-            if name == "self_attn" or linear in ("q", "o"):
-                attention._modules[linear] = EightBitLinear(attention._modules[linear])
+        attention._modules = modules = dict(attention._modules)
+        if name == "self_attn":
+            joined = EightBitLinear(*(modules[linear] for linear in "qkv"))
+            width = len(joined.weight) // 3
+            modules["qkv"] = joined
+            for i, linear in enumerate("qkv"):
+                modules[linear] = joined.part(i * width, (i + 1) * width)
+        else:  # keys and values of the text are made once a prompt
+            modules["q"] = EightBitLinear(modules["q"])
+        modules["o"] = EightBitLinear(modules["o"])
         fast._modules[name] = attention
     first, _, second = fast._modules["ffn"]
     fast._modules["ffn"] = EightBitFeedForward(first, second)

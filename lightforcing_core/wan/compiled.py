@@ -7,12 +7,14 @@ another length compiles again.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from .forward import (
     PositionTable,
-    RunBlock,
+    RunBlocks,
     SelfAttend,
     TextContext,
     after_attention,
@@ -20,14 +22,13 @@ from .forward import (
 )
 
 
-def compiled_block_runner() -> RunBlock:
-    """For `wan_forward`'s `block_runner`; compiles when it is first used."""
+def compiled_block_runner() -> RunBlocks:
+    """For `wan_forward`'s `run_blocks`; compiles when it is first used."""
     before = torch.compile(before_attention, dynamic=False)
     after = torch.compile(after_attention, dynamic=False)
 
     def run(
-        block: nn.Module,
-        layer: int,
+        blocks: Iterable[nn.Module],
         hidden: Tensor,
         modulation: Tensor,
         num_heads: int,
@@ -35,8 +36,12 @@ def compiled_block_runner() -> RunBlock:
         text: TextContext,
         attend: SelfAttend,
     ) -> Tensor:
-        q, k, v = before(block, hidden, modulation, num_heads, positions.cos, positions.sin)
-        attended = attend(layer, q, k, v)
-        return after(block, hidden, attended, modulation, text.keys[layer], text.values[layer])
+        for layer, block in enumerate(blocks):
+            q, k, v = before(block, hidden, modulation, num_heads, positions.cos, positions.sin)
+            attended = attend(layer, q, k, v)
+            hidden = after(
+                block, hidden, attended, modulation, text.keys[layer], text.values[layer]
+            )
+        return hidden
 
     return run

@@ -11,7 +11,7 @@ forward; the order of float32 roundings differs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -166,7 +166,7 @@ def wan_forward(
     text: TextContext,
     attend: SelfAttend,
     positions: PositionTable | None = None,
-    block_runner: RunBlock | None = None,
+    run_blocks: RunBlocks | None = None,
 ) -> Tensor:
     """Velocity of some latent frames.
 
@@ -179,7 +179,7 @@ def wan_forward(
         attend: self-attention of every layer.
         positions: from `position_table` for the same indices and size, to reuse it or for another
             order of tokens. Attention is given tokens in that order; x and the result have none.
-        block_runner: runs each block, instead of `run_block`: compiled or fused.
+        run_blocks: runs the blocks, instead of `run_each_block`: compiled or fused.
 
     Returns:
         Velocity eps - x0, [B, C_out, F, h, w], dtype of x.
@@ -200,9 +200,8 @@ def wan_forward(
     modulation = tree.time_projection(embedded).view(batch, frames, 6, -1)
     embedded = embedded.view(batch, frames, 1, -1)
 
-    run = block_runner or run_block
-    for layer, block in enumerate(tree.blocks):
-        hidden = run(block, layer, hidden, modulation, tree.num_heads, positions, text, attend)
+    run = run_blocks or run_each_block
+    hidden = run(tree.blocks, hidden, modulation, tree.num_heads, positions, text, attend)
 
     shift, scale = (_parameter(tree.head.modulation, embedded) + embedded).unbind(2)
     out = tree.head.head(_modulate(tree.head.norm(hidden), shift, scale))
@@ -217,13 +216,12 @@ def _embed_patches(tree: nn.Module, x: Tensor) -> Tensor:
     return tree.patch_embedding(x.float() if wide else x).to(x.dtype)
 
 
-class RunBlock(Protocol):
-    """One transformer block; hidden [B, F * T, dim], modulation [B, F, 6, dim]."""
+class RunBlocks(Protocol):
+    """The transformer blocks; hidden [B, F * T, dim], modulation [B, F, 6, dim]."""
 
     def __call__(
         self,
-        block: nn.Module,
-        layer: int,
+        blocks: Iterable[nn.Module],
         hidden: Tensor,
         modulation: Tensor,
         num_heads: int,
@@ -231,6 +229,21 @@ class RunBlock(Protocol):
         text: TextContext,
         attend: SelfAttend,
     ) -> Tensor: ...
+
+
+def run_each_block(
+    blocks: Iterable[nn.Module],
+    hidden: Tensor,
+    modulation: Tensor,
+    num_heads: int,
+    positions: PositionTable,
+    text: TextContext,
+    attend: SelfAttend,
+) -> Tensor:
+    """The transformer blocks as they stand; see `RunBlocks`."""
+    for layer, block in enumerate(blocks):
+        hidden = run_block(block, layer, hidden, modulation, num_heads, positions, text, attend)
+    return hidden
 
 
 def run_block(
@@ -243,7 +256,7 @@ def run_block(
     text: TextContext,
     attend: SelfAttend,
 ) -> Tensor:
-    """One transformer block, as it stands; see `RunBlock`."""
+    """One transformer block."""
     q, k, v = before_attention(block, hidden, modulation, num_heads, positions.cos, positions.sin)
     attended = attend(layer, q, k, v)
     return after_attention(
@@ -261,20 +274,25 @@ def before_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a block's self-attention, each [B, F * T, H, D], rotated."""
     attention = block.self_attn
-    x_q, x_k, x_v = projections(block, hidden, modulation)
+    shift, scale, _ = _six(block, modulation)[:3]
+    normed = _modulate(block.norm1(hidden), shift, scale)
+    projected = attention.q(normed), attention.k(normed), attention.v(normed)
+    return rotated_heads(attention, *projected, num_heads, cos, sin)
+
+
+def rotated_heads(
+    attention: nn.Module,
+    x_q: Tensor,
+    x_k: Tensor,
+    x_v: Tensor,
+    num_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the three projections [B, S, H * D]: heads [B, S, H, D], normed and rotated but v."""
     q = _heads(attention.norm_q(x_q), num_heads)
     k = _heads(attention.norm_k(x_k), num_heads)
     return apply_rope(q, cos, sin), apply_rope(k, cos, sin), _heads(x_v, num_heads)
-
-
-def projections(
-    block: nn.Module, hidden: Tensor, modulation: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a block's three linear layers make of its input, each [B, F * T, H * D]."""
-    shift, scale, _ = _six(block, modulation)[:3]
-    attention = block.self_attn
-    normed = _modulate(block.norm1(hidden), shift, scale)
-    return attention.q(normed), attention.k(normed), attention.v(normed)
 
 
 def after_attention(

@@ -98,3 +98,34 @@ def test_shapes_that_do_not_fit_are_refused(
             torch.zeros(shapes["values"], device=device), pooled, slots,
             q_grid=BlockGrid(16, 16), kv_grid=BlockGrid(16, 16),
         )  # fmt: skip
+
+
+@IMPLEMENTATIONS
+def test_without_pooling_and_from_one_product(project, dtype: torch.dtype, device) -> None:
+    """Rows of queries, keys and values may lie side by side, and slots need no blocks."""
+    heads, head_dim, tokens = 3, 64, 70
+    width = heads * head_dim
+    joined = torch.randn(1, 2 * tokens, 3 * width, device=device).to(dtype)
+    weight = torch.randn(width, device=device).to(dtype)
+    angles = torch.randn(2 * tokens, head_dim // 2, device=device)
+    cos, sin = angles.cos(), angles.sin()
+    slots = torch.tensor([0, 2], dtype=torch.int32, device=device)
+    keys, values = (
+        torch.full((1, 3, tokens, heads, head_dim), 9.0, device=device, dtype=dtype) for _ in "kv"
+    )
+    whole = BlockGrid(tokens, tokens)
+    q, pooled_q = project(
+        *joined.split(width, 2), weight, weight, EPS, cos, sin, keys, values, None, slots,
+        q_grid=BlockGrid(2 * tokens, 16), kv_grid=whole,
+    )  # fmt: skip
+    assert pooled_q is None
+    x_q, x_k, x_v = (x.contiguous() for x in joined.split(width, 2))
+    rotated_k = rotated(x_k, weight, cos, sin, heads).unflatten(1, (2, -1))
+    for got, expected in (
+        (q, rotated(x_q, weight, cos, sin, heads)),
+        (keys[:, [0, 2]], rotated_k),
+    ):
+        tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
+    assert torch.equal(values[:, [0, 2]].flatten(1, 2).flatten(2), x_v)
+    assert (keys[:, 1] == 9).all() and (values[:, 1] == 9).all()

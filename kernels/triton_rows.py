@@ -1,0 +1,280 @@
+"""What is done row by row between matrix products: one launch, each number read and written once.
+
+A row stays in registers from the residual sum to the norm and to rounding. It is held in two
+pieces, the largest power of two and the rest, because widths such as 1536 and 8960 are no powers
+of two and a tile must be.
+
+Reference: `reference_rows`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import check_rows
+from .launch import Launch, check_tensors
+from .reference_rows import Rounded
+
+MOST_COLUMNS = 16384
+"""Numbers of a row that a program can hold."""
+_E4M3 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(_E4M3).max
+
+
+@triton.jit
+def _sum(hidden, branch, gate, total, at, mask):
+    """Some numbers of a row with the branch added, as they are stored."""
+    value = tl.load(hidden + at, mask=mask, other=0.0)
+    if branch is not None:
+        more = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+        if gate is not None:
+            more *= tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+        value = (value.to(tl.float32) + more).to(value.dtype)
+        tl.store(total + at, value, mask=mask)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _turned(x, gain, shift, at, mask):
+    if gain is not None:
+        x *= tl.load(gain + at, mask=mask, other=0.0).to(tl.float32)
+    if shift is not None:
+        x += tl.load(shift + at, mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _gelu(x):
+    # tanh(y) = 2 sigmoid(2 y) - 1
+    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit(do_not_specialize=["columns", "segment_rows"])
+def add_norm_kernel(
+    hidden,  # [N, C]
+    branch,  # [N, C] or None
+    gate,  # [segments, C] or None, rows any distance apart; so are gain and shift
+    gain,
+    shift,
+    total,  # [N, C], hidden + branch * gate
+    out,  # [N, C]
+    scales,  # [N], for e4m3
+    columns,
+    segment_rows,
+    gate_stride,
+    gain_stride,
+    shift_stride,
+    eps,
+    IS_RMS: tl.constexpr,
+    LARGEST: tl.constexpr,  # of eight-bit numbers; 0: out is like hidden
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """One row."""
+    row = tl.program_id(0)
+    segment = (row // segment_rows).to(tl.int64)
+    start = row.to(tl.int64) * columns
+    hidden += start
+    total += start
+    out += start
+    if branch is not None:
+        branch += start
+    if gate is not None:
+        gate += segment * gate_stride
+    if gain is not None:
+        gain += segment * gain_stride
+    if shift is not None:
+        shift += segment * shift_stride
+    at = tl.arange(0, BLOCK)
+    mask = at < BLOCK
+    x = _sum(hidden, branch, gate, total, at, mask)
+    if REST > 0:
+        rest_at = BLOCK + tl.arange(0, REST)
+        rest_mask = rest_at < columns
+        rest = _sum(hidden, branch, gate, total, rest_at, rest_mask)
+    if not IS_RMS:
+        mean = tl.sum(x, 0)
+        if REST > 0:
+            mean += tl.sum(rest, 0)
+        mean /= columns
+        x -= mean
+        if REST > 0:
+            rest = tl.where(rest_mask, rest - mean, 0.0)
+    square = tl.sum(x * x, 0)
+    if REST > 0:
+        square += tl.sum(rest * rest, 0)
+    factor = tl.rsqrt(square / columns + eps)
+    x = _turned(x * factor, gain, shift, at, mask)
+    if REST > 0:
+        rest = _turned(rest * factor, gain, shift, rest_at, rest_mask)
+    if LARGEST > 0:
+        largest = tl.max(tl.abs(x), 0)
+        if REST > 0:
+            largest = tl.maximum(largest, tl.max(tl.where(rest_mask, tl.abs(rest), 0.0), 0))
+        largest = tl.maximum(largest, 1e-12)
+        tl.store(scales + row, largest / LARGEST)
+        x *= LARGEST / largest
+        if REST > 0:
+            rest *= LARGEST / largest
+    tl.store(out + at, x.to(out.dtype.element_ty))
+    if REST > 0:
+        tl.store(out + rest_at, rest.to(out.dtype.element_ty), mask=rest_mask)
+
+
+@triton.jit(do_not_specialize=["columns"])
+def round_rows_kernel(
+    x,  # [N, C], rows any distance apart
+    out,  # [N, C]
+    scales,  # [N]
+    columns,
+    x_stride,
+    IS_GELU: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """One row."""
+    row = tl.program_id(0)
+    x += row.to(tl.int64) * x_stride
+    out += row.to(tl.int64) * columns
+    at = tl.arange(0, BLOCK)
+    value = tl.load(x + at).to(tl.float32)
+    if IS_GELU:
+        value = _gelu(value)
+    largest = tl.maximum(tl.max(tl.abs(value), 0), 1e-12)
+    if REST > 0:
+        rest_at = BLOCK + tl.arange(0, REST)
+        rest_mask = rest_at < columns
+        rest = tl.load(x + rest_at, mask=rest_mask, other=0.0).to(tl.float32)
+        if IS_GELU:
+            rest = _gelu(rest)
+        largest = tl.maximum(largest, tl.max(tl.abs(rest), 0))
+    tl.store(scales + row, largest / LARGEST)
+    factor = LARGEST / largest
+    tl.store(out + at, (value * factor).to(out.dtype.element_ty))
+    if REST > 0:
+        tl.store(out + rest_at, (rest * factor).to(out.dtype.element_ty), mask=rest_mask)
+
+
+def add_norm_triton(
+    hidden: Tensor,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float,
+    rms: bool = False,
+    eight_bit: bool = False,
+) -> tuple[Tensor, Tensor | Rounded]:
+    """`reference_rows.add_norm` in one launch; hidden and branch contiguous.
+
+    Raises:
+        ValueError: shapes, types or strides that the kernel cannot do, with what it can.
+    """
+    check_rows(hidden, branch, {"gate": gate, "gain": gain, "shift": shift})
+    _check_width("hidden", hidden)
+    check_tensors({"hidden": hidden} if branch is None else {"hidden": hidden, "branch": branch})
+    for name, x in {"hidden": hidden, "branch": branch}.items():
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+    for name, x in {"gate": gate, "gain": gain, "shift": shift}.items():
+        if x is not None and (x.stride(1) != 1 or x.device != hidden.device):
+            raise ValueError(
+                f"{name} must be dense in its last axis and on {hidden.device}, got strides "
+                f"{x.stride()} on {x.device}"
+            )
+    total = hidden if branch is None else torch.empty_like(hidden)
+    out = torch.empty_like(hidden, dtype=_E4M3 if eight_bit else hidden.dtype)
+    scales = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
+    if hidden.numel():
+        plan_add_norm(hidden, branch, gate, gain, shift, total, out, scales, eps, rms).run()
+    return total, (out, scales) if eight_bit else out
+
+
+def round_rows_triton(x: Tensor, *, gelu: bool = False) -> Rounded:
+    """`reference_rows.round_rows` in one launch.
+
+    Raises:
+        ValueError: shapes, types or strides that the kernel cannot do, with what it can.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x must be [N, C], got {tuple(x.shape)}")
+    _check_width("x", x)
+    check_tensors({"x": x})
+    out = torch.empty(x.shape, dtype=_E4M3, device=x.device)
+    scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    if x.numel():
+        plan_round_rows(x, out, scales, gelu).run()
+    return out, scales
+
+
+def plan_add_norm(
+    hidden: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    total: Tensor,
+    out: Tensor,
+    scales: Tensor,
+    eps: float,
+    rms: bool,
+) -> Launch:
+    """The launch for arguments that have been checked."""
+    by_segment = {"gate": gate, "gain": gain, "shift": shift}
+    segments = max((len(x) for x in by_segment.values() if x is not None), default=1)
+    strides = {
+        f"{name}_stride": 0 if x is None or len(x) == 1 else x.stride(0)
+        for name, x in by_segment.items()
+    }
+    arguments = {
+        "hidden": hidden,
+        "branch": branch,
+        **by_segment,
+        "total": total,
+        "out": out,
+        "scales": scales,
+        "columns": hidden.shape[1],
+        "segment_rows": len(hidden) // segments,
+        **strides,
+        "eps": eps,
+        "IS_RMS": rms,
+        "LARGEST": _LARGEST if out.dtype == _E4M3 else 0.0,
+        **_pieces(hidden.shape[1]),
+    }
+    return Launch(add_norm_kernel, (len(hidden),), arguments, _warps(hidden.shape[1], 16))
+
+
+def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launch:
+    """The launch for arguments that have been checked."""
+    arguments = {
+        "x": x,
+        "out": out,
+        "scales": scales,
+        "columns": x.shape[1],
+        "x_stride": x.stride(0),
+        "IS_GELU": gelu,
+        "LARGEST": _LARGEST,
+        **_pieces(x.shape[1]),
+    }
+    return Launch(round_rows_kernel, (len(x),), arguments, _warps(x.shape[1], 32))
+
+
+def _check_width(name: str, x: Tensor) -> None:
+    if not 0 < x.shape[1] <= MOST_COLUMNS:
+        raise ValueError(f"{name} must have 1 to {MOST_COLUMNS} columns, got {x.shape[1]}")
+
+
+def _pieces(columns: int) -> dict[str, int]:
+    block = 1 << (columns.bit_length() - 1)
+    rest = columns - block
+    return {"BLOCK": block, "REST": triton.next_power_of_2(rest) if rest else 0}
+
+
+def _warps(columns: int, numbers: int) -> dict[str, int]:
+    """So many that a thread holds about this many numbers."""
+    return {"num_warps": min(max(triton.next_power_of_2(columns) // (32 * numbers), 1), 16)}

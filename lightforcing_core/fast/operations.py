@@ -1,0 +1,48 @@
+"""The fused operations of a forward, from Triton on a GPU and from plain torch elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import reference, reference_rows
+from ..backends import triton_obstacles
+
+FUSED_DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class FusedOperations:
+    """With the signatures of their twins in `kernels.reference` and `kernels.reference_rows`."""
+
+    add_norm: Callable[..., tuple[Tensor, Any]]
+    round_rows: Callable[..., tuple[Tensor, Tensor]]
+    project_blocks: Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def fused_operations(device: torch.device) -> FusedOperations:
+    """Those of a device; `fused_obstacles` says whether there are any."""
+    if device.type != "cuda":
+        return FusedOperations(
+            reference_rows.add_norm, reference_rows.round_rows, reference.project_blocks
+        )
+    from ...kernels import ops
+
+    return FusedOperations(ops.add_norm_triton, ops.round_rows_triton, ops.project_blocks_triton)
+
+
+def fused_obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why a model of this type on this device cannot use the kernels; empty: it can."""
+    if device.type != "cuda":
+        return [f"the kernels need a CUDA device, this run is on {device}"]
+    obstacles = triton_obstacles()
+    if dtype not in FUSED_DTYPES:
+        obstacles.append(
+            "the kernels do bfloat16 and float16, the model computes in "
+            f"{str(dtype).removeprefix('torch.')}"
+        )
+    return obstacles
