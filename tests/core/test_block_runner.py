@@ -10,15 +10,15 @@ from lightforcing.lightforcing_core.attention import dense_attention
 from lightforcing.lightforcing_core.wan.compiled import compiled_block_runner
 from lightforcing.lightforcing_core.wan.config import WanConfig
 from lightforcing.lightforcing_core.wan.forward import (
-    RunBlock,
+    RunBlocks,
     prepare_text,
-    run_block,
+    run_each_block,
     wan_forward,
 )
 from lightforcing.lightforcing_core.wan.modules import WanModel
 
 
-def velocity(tree: WanModel, runner: RunBlock | None, device: str = "cpu") -> Tensor:
+def velocity(tree: WanModel, runner: RunBlocks | None, device: str = "cpu") -> Tensor:
     generator = torch.Generator().manual_seed(2)
     dtype = tree.patch_embedding.weight.dtype
     x = torch.randn(1, 16, 3, 8, 8, generator=generator).to(device, dtype)
@@ -35,7 +35,7 @@ def velocity(tree: WanModel, runner: RunBlock | None, device: str = "cpu") -> Te
             range(3),
             prepare_text(tree, text),
             attend,
-            block_runner=runner,
+            run_blocks=runner,
         )
 
 
@@ -45,18 +45,18 @@ def small_tree() -> WanModel:
     return WanModel(config).requires_grad_(False)
 
 
-def test_a_runner_gets_every_block_in_order_and_decides_its_result() -> None:
+def test_a_runner_gets_the_blocks_in_order_and_decides_their_result() -> None:
     tree = small_tree()
     seen = []
 
-    def runner(block, layer, hidden, *rest):
-        seen.append((layer, block is tree.blocks[layer]))
-        return run_block(block, layer, hidden, *rest) + (1.0 if layer == 1 else 0.0)
+    def runner(blocks, hidden, *rest):
+        seen.extend(blocks)
+        return run_each_block(blocks, hidden, *rest) + 1.0
 
     changed = velocity(tree, runner)
-    assert seen == [(0, True), (1, True), (2, True)]
+    assert seen == list(tree.blocks)
     assert not torch.equal(changed, velocity(tree, None))
-    assert torch.equal(velocity(tree, run_block), velocity(tree, None))
+    assert torch.equal(velocity(tree, run_each_block), velocity(tree, None))
 
 
 @pytest.mark.gpu
