@@ -3,8 +3,8 @@
 A program of the convolution makes a tile of windows by results as a matrix product. It reads the
 rows of its windows as they lie in memory, so no unfolded input exists. A window's row is a run of
 numbers without gaps (positions, channels inside), which is cut into equal parts whatever the number
-of channels; parts beyond the border are masked. Bias, residual and rectification happen in the
-accumulator.
+of channels; parts beyond the border are masked. The accumulator starts as bias and residual and is
+rectified at the end.
 
 Reference: `reference_channels`.
 """
@@ -69,6 +69,7 @@ def convolve_kernel(
     RESULTS: tl.constexpr,
     TILES: tl.constexpr,
     PHASES: tl.constexpr,
+    IS_LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -85,11 +86,38 @@ def convolve_kernel(
     row = line % windows_high
     line = line // windows_high
     index = line % depth
-    batch = (line // depth).to(tl.int64)
+    batch = (line // depth).to(tl.int64 if IS_LARGE else tl.int32)
     top, left = row * STEP - 1, column * STEP - 1
     if IS_PHASED:
         top += phase // 2 % 2
         left += phase % 2
+
+    is_result = n < RESULTS
+    is_made = is_window[:, None] & is_result[None, :]
+    channel = n % OUT_CHANNELS
+    out_row, out_column = row * CELL, column * CELL
+    out_width = windows_wide * CELL
+    size = windows_high * CELL * out_width
+    inside = tl.zeros_like(n)
+    slice_out = index
+    if IS_PHASED:
+        out_row += phase // 2 % 2
+        out_column += phase % 2
+        slice_out = index * GROW + phase // 4
+    else:
+        inside = n // (OUT_CHANNELS * CELL) * out_width + n // OUT_CHANNELS % CELL
+    within = out_row * out_width + out_column
+    offset = (inside * OUT_CHANNELS + channel)[None, :]
+
+    # What is added comes first: at the end, it would need registers beside the products.
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if residual is not None:
+        first = ((batch * residual_slices + slice_out) * size + within) * OUT_CHANNELS
+        more = tl.load(residual + (first[:, None] + offset), mask=is_made, other=0.0)
+        accumulator += more.to(tl.float32)
+    if bias is not None:
+        offsets = tl.load(bias + channel, mask=is_result, other=0.0).to(tl.float32)
+        accumulator += offsets[None, :]
 
     RUN: tl.constexpr = COLUMNS * CHANNELS
     PARTS: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K
@@ -98,7 +126,6 @@ def convolve_kernel(
     start = (((batch * x_slices + index) * height + top) * width + left) * CHANNELS
     weights = weight + phase.to(tl.int64) * (STEPS * BLOCK_K * TILES * BLOCK_N)
     weights += k[:, None] * (TILES * BLOCK_N) + n[None, :]
-    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(STEPS):
         part = step % PARTS
         tap = step // PARTS
@@ -116,49 +143,24 @@ def convolve_kernel(
             if RUN % BLOCK_K:
                 mask = mask & (at < RUN)[None, :]
         skipped = (tap // ROWS * height + tap_row) * width * CHANNELS
-        values = tl.load(x + start[:, None] + (skipped + at)[None, :], mask=mask, other=0.0)
+        values = tl.load(x + (start[:, None] + (skipped + at)[None, :]), mask=mask, other=0.0)
         accumulator = tl.dot(values, tl.load(weights), accumulator)
         weights += BLOCK_K * TILES * BLOCK_N
 
-    is_result = n < RESULTS
-    mask = is_window[:, None] & is_result[None, :]
-    channel = n % OUT_CHANNELS
-    out_row, out_column = row * CELL, column * CELL
-    out_width = windows_wide * CELL
-    out_height = windows_high * CELL
-    inside = tl.zeros_like(n)
-    if IS_PHASED:
-        out_row += phase // 2 % 2
-        out_column += phase % 2
-    else:
-        inside = n // (OUT_CHANNELS * CELL) * out_width + n // OUT_CHANNELS % CELL
-    if bias is not None:
-        offsets = tl.load(bias + channel, mask=is_result, other=0.0).to(tl.float32)
-        accumulator += offsets[None, :]
-    slice_out = index * GROW + phase // 4 if IS_PHASED else index
-    within = out_row.to(tl.int64) * out_width + out_column
-    size = out_height.to(tl.int64) * out_width
     if TO_PLANES:
         plane = (batch * out_slices + slice_out) * OUT_CHANNELS
         target = (plane * size + within)[:, None] + (channel * size + inside)[None, :]
         accumulator = accumulator * scale + shift
         is_bad = (accumulator != accumulator) | (tl.abs(accumulator) == float("inf"))
         limited = tl.minimum(tl.maximum(accumulator, 0.0), 1.0)
-        tl.store(out + target, tl.where(is_bad, float("nan"), limited), mask=mask)
+        tl.store(out + target, tl.where(is_bad, float("nan"), limited), mask=is_made)
     else:
-        offset = (inside * OUT_CHANNELS + channel)[None, :]
-        if residual is not None:
-            first = (batch * residual_slices + slice_out) * size + within
-            more = tl.load(
-                residual + (first * OUT_CHANNELS)[:, None] + offset, mask=mask, other=0.0
-            )
-            accumulator += more.to(tl.float32)
         if IS_RECTIFIED:
             # Not a maximum, which would turn NaN to zero.
             accumulator = tl.where(accumulator < 0.0, 0.0, accumulator)
-        first = (batch * out_slices + slice_out) * size + within
-        target = out + (first * OUT_CHANNELS)[:, None] + offset
-        tl.store(target, accumulator.to(out.dtype.element_ty), mask=mask)
+        first = ((batch * out_slices + slice_out) * size + within) * OUT_CHANNELS
+        target = out + (first[:, None] + offset)
+        tl.store(target, accumulator.to(out.dtype.element_ty), mask=is_made)
 
 
 @triton.jit(do_not_specialize=["positions", "batch_positions", "out_positions"])
@@ -219,6 +221,13 @@ def _slices(name: str, x: Tensor) -> int:
             f"{x.stride()}"
         )
     return x.stride(0) // size if len(x) > 1 else depth
+
+
+def _reach(x: Tensor) -> int:
+    """The offset behind the last number, and as much again for a window beyond the border."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + (
+        (x.shape[3] + 1) * x.shape[4] * 2 + 1
+    )
 
 
 def _check_vector(name: str, vector: Tensor | None, x: Tensor, size: int) -> None:
@@ -353,6 +362,8 @@ def plan_convolution(
         "RESULTS": weights.results,
         "TILES": tiles,
         "PHASES": phases,
+        # 64-bit offsets take twice the registers.
+        "IS_LARGE": max(map(_reach, (x, out, x if residual is None else residual))) > _MOST,
         "BLOCK_M": block_m,
         "BLOCK_N": weights.block_n,
         "BLOCK_K": weights.block_k,
