@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ..errors import UserError
 from ..sparse_settings import SparseSettings
 from .case import RolloutCase
 from .common import device_name, machine_facts
@@ -108,6 +109,10 @@ def _row(name: int | str, chunks: Sequence[ChunkParts]) -> dict[str, Any]:
     return row | {"launches": sum(chunk.launches for chunk in chunks)}
 
 
+class ProfileError(UserError):
+    """The profiler gave nothing that can be used."""
+
+
 class Timeline:
     """Records what a device does while it is entered. The last mark ends what is counted."""
 
@@ -137,7 +142,7 @@ class Timeline:
         """When it has been left.
 
         Raises:
-            RuntimeError: the profiler lost marks, so that nothing can be told apart.
+            ProfileError: the profiler lost marks, so that nothing can be told apart.
         """
         kind = torch.autograd.DeviceType.CUDA if self._is_cuda else torch.autograd.DeviceType.CPU
         events: list[Event] = []
@@ -151,9 +156,10 @@ class Timeline:
             is_mark = _MARK_KERNEL in event.name if self._is_cuda else event.name == _MARK
             (marks if is_mark else events).append(event)
         if len(marks) != len(self._labels):
-            raise RuntimeError(
-                f"the profiler kept {len(marks)} of {len(self._labels)} marks; another profiler "
-                "may be running, or its buffer was full: profile fewer frames"
+            raise ProfileError(
+                f"the profiler kept {len(marks)} of {len(self._labels)} marks between passes; it "
+                "may not be allowed to watch this device, another profiler may be running, or its "
+                "buffer was full: end other profilers, or make a shorter video"
             )
         marks.sort(key=lambda mark: mark.start)
         regions = [

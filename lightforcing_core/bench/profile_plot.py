@@ -17,7 +17,10 @@ from .kernel_parts import ATTEND, CLEAN, COPY, DECODE, GLUE, IDLE, LINEARS, PART
 _WIDTH, _HEIGHT = 1080, 560  # pixels of the finished picture
 _FINER = 2  # drawn larger and shrunk, which smooths every edge
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 270, 100, 62
+DENOISE = "denoise"
+"""Steps as a whole, where their kernels are not told apart."""
 _COLORS: dict[str, Color] = {
+    DENOISE: RED,
     SELECT: (46, 84, 138),
     ATTEND: BLUE,
     LINEARS: RED,
@@ -27,7 +30,7 @@ _COLORS: dict[str, Color] = {
     COPY: (150, 157, 168),
     IDLE: GRID,
 }
-_DARK = (SELECT, ATTEND, LINEARS, CLEAN, DECODE, COPY)  # white letters on them
+_DARK = (DENOISE, SELECT, ATTEND, LINEARS, CLEAN, DECODE, COPY)  # white letters on them
 _LEAST_HIGH = 15  # pixels of a piece that holds a number
 
 
@@ -63,7 +66,7 @@ def draw_profile(rows: Sequence[Mapping[str, Any]], title: str, note: str) -> Im
     pen.text(18, 16, title, INK, 22, "lt")
     pen.text(18, 48, note, FAINT, 14, "lt")
     chunks, whole = rows[:-1], rows[-1]
-    parts = [part for part in PARTS if _key(part) in whole]
+    parts = [part for part in (DENOISE, *PARTS) if _key(part) in whole]
     top = _nice_above(max(row["wall_ms"] for row in chunks))
     wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     for i in range(6):

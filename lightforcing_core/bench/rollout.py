@@ -2,8 +2,8 @@
 
 Weights are random, which changes nothing about speed. Each method has the device to itself: it
 builds its own weights, makes a video once before the runs that count, one more for its memory, and
-gives everything back. All decode every chunk to frames on the host with the same streaming decoder:
-the plain loop after each chunk, ours beside the next.
+gives everything back. All decode every chunk to frames on the host with the same weights: the plain
+loop in plain torch after each chunk, ours with its kernels beside the next.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..fast.decode import ChunkDecoder, DecodedChunk
 from ..fast.engine import ForwardEngine
 from ..fast.linears import eight_bit_obstacle, with_eight_bit_linears
+from ..fast.operations import fused_obstacles
 from ..rollout import rollout
 from ..sparse_settings import SparseSettings
 from ..vae.streaming import StreamingDecoder
@@ -31,7 +32,8 @@ from .case import (
     wait,
 )
 
-_FUSED = "fused" if "fused" in inspect.signature(ForwardEngine).parameters else "compiled"
+# Whether the engine can record forwards as they stand, too.
+CAN_RECORD_UNFUSED = "fused" in inspect.signature(ForwardEngine).parameters
 
 # Told what the device does from here on, and of which chunk (from 0).
 Mark = Callable[[str, int], None]
@@ -57,9 +59,44 @@ class Parts:
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this device cannot do it, or None."""
-        if (self.fused or self.graphs) and device.type != "cuda":
-            return f"fused kernels and CUDA graphs need a CUDA device, this one is {device}"
+        if self.fused or self.graphs:
+            if obstacles := fused_obstacles(device, dtype):
+                return "; ".join(obstacles)
+            if not (self.fused or CAN_RECORD_UNFUSED):
+                return "the engine records fused forwards only"
         return eight_bit_obstacle(device, dtype) if self.eight_bit else None
+
+
+class PassMarks:
+    """Marks the passes of a run by their order: a chunk's steps; when it is done, first its clean
+    pass, then the next chunk's steps."""
+
+    def __init__(self, mark: Mark, chunks: int) -> None:
+        """Args: chunks of the whole video."""
+        self._mark, self._chunks = mark, chunks
+        self._chunk, self._passes = 0, 0
+        mark("denoise", 0)
+
+    def before_pass(self) -> bool:
+        """Before every forward. Never asks to stop, for who wants to know that too."""
+        is_clean = self._chunk > 0 and not self._passes
+        self._mark("clean" if is_clean else "denoise", self._chunk)
+        self._passes += 1
+        return False
+
+    def before_decoding(self) -> None:
+        """The present chunk is denoised, and will be decoded."""
+        self._mark("decode", self._chunk)
+
+    def chunk_done(self) -> None:
+        """What follows belongs to the next chunk; after the last one still to that."""
+        self._chunk, self._passes = self._chunk + 1, 0
+        if self._chunk < self._chunks:
+            self._mark("denoise", self._chunk)
+
+    def end(self) -> None:
+        """Everything lies on the host."""
+        self._mark("end", self._chunks - 1)
 
 
 class Video:
@@ -81,8 +118,8 @@ class Video:
         self.vae = random_vae(case, device)
         self.engine: ForwardEngine | None = None
         if parts.fused or parts.graphs:
-            fused = {_FUSED: parts.fused}
-            self.engine = ForwardEngine(tree, graphs=parts.graphs, keep=True, **fused)
+            switch = {"fused": parts.fused} if CAN_RECORD_UNFUSED else {}
+            self.engine = ForwardEngine(tree, graphs=parts.graphs, keep=True, **switch)
 
     def release(self) -> None:
         """Free everything; the video cannot be made again."""
@@ -95,15 +132,7 @@ class Video:
         """The whole video; `mark` is called at the start of every forward and every decoding."""
         begun = wait(self.device)
         noise, times = self.case.noise(self.device), []
-        chunk, passes = 0, 0
-
-        def before_pass() -> bool:
-            nonlocal passes
-            mark("denoise" if passes or not chunk else "clean", chunk)
-            passes += 1
-            return False
-
-        mark("denoise", 0)
+        marks = PassMarks(mark, len(self.settings.chunk_lengths()))
         with self._decoding() as decoding:
             for made in rollout(
                 self.tree,
@@ -112,18 +141,16 @@ class Video:
                 noise,
                 dtype=self.case.dtype,
                 engine=self.engine,
-                should_stop=before_pass,
+                should_stop=marks.before_pass,
             ):
                 times.append(made.statistics)
                 if decoding is not None:
-                    mark("decode", chunk)
+                    marks.before_decoding()
                     decoding.submit(made.latents)
-                chunk, passes = chunk + 1, 0
-                if chunk < len(self.settings.chunk_lengths()):
-                    mark("denoise", chunk)
+                marks.chunk_done()
             decoded = [] if decoding is None else [c.seconds for c in decoding.take(wait=True)]
         seconds = wait(self.device) - begun
-        mark("end", chunk - 1)
+        marks.end()
         chunks = [
             ChunkTimes(
                 part.denoise_seconds,

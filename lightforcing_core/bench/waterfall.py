@@ -18,7 +18,7 @@ from ..sparse_settings import SparseSettings
 from .case import NO_DECODER, RolloutCase
 from .common import device_name, machine_facts
 from .rollout import spread, timed
-from .video import Parts, Video
+from .video import CAN_RECORD_UNFUSED, Parts, Video
 
 log = logging.getLogger("lightforcing")
 
@@ -41,8 +41,8 @@ def bench_waterfall(
     Returns:
         `rows` (one per step; `seconds` of the whole video with frames on the host, median, least
         and most; `gain_added`: the time before this step over that with it; `gain_off`: the time
-        of the full preset without this part over that of the full preset), `left_out` (parts that
-        this device cannot do, and why), `device`, `versions`.
+        of the full preset without this part, and without `off_too`, over that of the full preset),
+        `left_out` (parts that this device cannot do, and why), `device`, `versions`.
     """
     left_out = _left_out(case, device)
     steps = [part for part in STEPS if part not in left_out]
@@ -67,13 +67,15 @@ def bench_waterfall(
     rows = [{"step": START, **_times(case, seconds(now)), **size}]
     for part in steps:
         before, now = now, replace(now, **{part: True})
-        off = seconds(replace(full, **{part: False}))
+        also = _also_off(part, steps)
+        off = seconds(replace(full, **{part: False}, **dict.fromkeys(also, False)))
         rows.append(
             {
                 "step": STEPS[part],
                 **_times(case, seconds(now)),
                 "gain_added": round(seconds(before)["seconds"] / seconds(now)["seconds"], 3),
                 "gain_off": round(off["seconds"] / seconds(full)["seconds"], 3),
+                "off_too": ", ".join(also),
                 **{f"{name}_off": value for name, value in off.items()},
                 **size,
             }
@@ -86,9 +88,16 @@ def bench_waterfall(
     }
 
 
+def _also_off(part: str, steps: Sequence[str]) -> list[str]:
+    """What cannot stay on without a part: where only fused forwards are recorded, graphs."""
+    needs = part == "fused" and "graphs" in steps and not CAN_RECORD_UNFUSED
+    return ["graphs"] if needs else []
+
+
 def _left_out(case: RolloutCase, device: torch.device) -> dict[str, str]:
     """Parts that cannot be measured here, and why."""
     alone = {part: replace(Parts(beside=False), **{part: True}) for part in STEPS}
+    alone["graphs"] = replace(alone["graphs"], fused=True)
     reasons = {part: parts.obstacle(device, case.dtype) for part, parts in alone.items()}
     if case.decoder == NO_DECODER:
         reasons["beside"] = "nothing is decoded"

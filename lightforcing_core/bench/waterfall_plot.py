@@ -68,11 +68,14 @@ def plot_waterfall(result: Mapping[str, Any], path: Path) -> None:
         fontsize=9.5,
         va="center",
     )
+    both = ""
+    if any(row.get("off_too") for row in rows):
+        both = " (both: graphs, which need it, too)"
     figure.text(
         left,
         0.045,
         "bold: the time before a step over that with it.  without it: the time of all steps but "
-        "this one over that of all steps",
+        f"this one{both} over that of all steps",
         color=_hex(FAINT),
         fontsize=8.5,
         va="center",
@@ -136,7 +139,7 @@ def _frame(axes: Any, rows: Sequence[Mapping[str, Any]], highest: float) -> None
     for place, row in enumerate(rows):
         if "gain_off" in row:
             axes.annotate(
-                f"without it {row['gain_off']:.2f}x",
+                f"without {'both' if row.get('off_too') else 'it'} {row['gain_off']:.2f}x",
                 (place, 0),
                 xytext=(0, -30),
                 textcoords="offset points",
