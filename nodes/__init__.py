@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
+from .benchmark import Benchmark
 from .chunk_sampler import ChunkSamplerNode
 from .compare import Compare
 from .growth_schedule import GrowthSchedule
@@ -32,6 +33,7 @@ class LightForcingExtension(ComfyExtension):
             GrowthSchedule,
             SparsityMap,
             Compare,
+            Benchmark,
         ]
 
 

@@ -18,6 +18,7 @@ from lightforcing.lightforcing_core.bench import (
     attention,
     kernel_parts,
     profile,
+    report,
     rollout,
     vae,
     video,
@@ -197,12 +198,17 @@ def test_a_waterfall_adds_and_switches_off(monkeypatch: pytest.MonkeyPatch) -> N
         def release(self) -> None: ...
 
     monkeypatch.setattr(waterfall, "Video", Made)
+    monkeypatch.setattr(waterfall, "CAN_RECORD_UNFUSED", False)
     monkeypatch.setattr(waterfall, "_left_out", lambda case, device: {})
     rows = waterfall.bench_waterfall(SMALL, CPU, SPARSE, 1)["rows"]
     assert [row["step"] for row in rows] == ["dense", *waterfall.STEPS.values()]
     assert rows[0]["seconds"] == 100.0 and "gain_added" not in rows[0]
     for row, factor in zip(rows[1:], saves.values(), strict=True):
-        assert row["gain_added"] == row["gain_off"] == pytest.approx(factor, rel=1e-3)
+        assert row["gain_added"] == pytest.approx(factor, rel=1e-3)
+        # Graphs cannot stay without fused forwards: what is switched off is named.
+        both = row["step"] == waterfall.STEPS["fused"]
+        assert row["off_too"] == ("graphs" if both else "")
+        assert row["gain_off"] == pytest.approx(factor * (saves["graphs"] if both else 1), rel=1e-3)
     assert rows[-1]["frames_per_second"] == pytest.approx(33 / (100 / 16.5), rel=1e-3)
 
 
@@ -327,6 +333,30 @@ def test_a_profile_is_drawn(tmp_path: Path) -> None:
     assert red[200] and red[600] / red[200] == pytest.approx(2.5, rel=0.05)  # 2.0 s over 0.8 s
     with pytest.raises(UserError, match="no picture format"):
         plot_profile(rows, "", "", tmp_path / "profile.csv")
+
+
+# ---- the page for an issue
+
+
+def test_the_page_says_what_its_frames_per_second_include() -> None:
+    chunks = [ChunkTimes(0.25, 0.0, 0.1), ChunkTimes(0.2, 0.05, 0.1, 0.8, 0.2)]
+    runs = [Run(chunks, seconds, 0.4) for seconds in (1.0, 0.8, 1.25)]
+    found = report.Benchmark(CPU, 20, runs, report.whole_passes(runs), "no marks")
+    text = report.report_text(found)
+    assert "40.0 frames per second (40.0 to 40.0): denoising and clean passes alone" in text
+    assert "20.0 frames per second (16.0 to 25.0): also decoding, every frame on the host" in text
+    assert "400 ms until the first chunk's frames lie on the host" in text
+    assert "not told apart here: no marks" in text and "GiB" not in text
+    assert found.rows[-1] == {
+        "chunk": "all", "wall_ms": 700.0, "denoise_ms": 450.0, "clean_pass_ms": 50.0,
+        "decode_ms": 200.0,
+    }  # fmt: skip
+
+
+def test_a_page_without_a_decoder_says_nothing_about_frames_on_the_host() -> None:
+    runs = [Run([ChunkTimes(0.5, 0.0, None)], 0.5, None)]
+    text = report.report_text(report.Benchmark(CPU, 9, runs, report.whole_passes(runs), "x"))
+    assert "18.0 frames per second" in text and "host" not in text and "decode" not in text
 
 
 # ---- the command

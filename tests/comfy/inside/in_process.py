@@ -777,6 +777,40 @@ def test_the_growth_schedule_is_a_picture_and_a_list():
     assert len(sparsities) == 7 and sparsities[0] == 0 and sparsities == sorted(sparsities)
 
 
+def test_benchmark_says_how_fast_and_where_the_time_goes(loaded) -> None:
+    model, _, vae, *_ = loaded
+    size = {"width": 128, "height": 64, "length": 33, "videos": 2}
+    report, picture = run_node("Benchmark", model=with_sparsity(model), vae=vae, **size)
+    for fact in ("33 frames of 128x64", "torch " + torch.__version__, "3 of 3 latent frames",
+                 "chunk_aware", "2 after one to warm up", "ComfyUI    0.", "every frame on the host"):  # fmt: skip
+        assert fact in report, fact
+    speeds = [float(line.split()[0]) for line in report.splitlines() if "frames per second" in line]
+    assert speeds[0] > speeds[1] > 0  # without decoding, with it
+    *rows, whole, _ = (line.split() for line in report.splitlines()[-5:])
+    assert [row[0] for row in rows] == ["1", "2", "3"] and whole[0] == "all"
+    for row in (*rows, whole):
+        wall, *parts = map(float, row[1:])
+        assert sum(parts) == pytest.approx(wall, abs=0.1) and min(parts) >= 0
+    clean = [float(row[6]) for row in rows]
+    assert clean[0] == 0 and min(clean[1:]) > 0  # the first chunk has none before it
+    assert picture.shape == (1, 560, 1080, 3) and 0 <= picture.min() < picture.max() <= 1
+    assert caches_alive() == 0
+
+
+def test_benchmark_needs_no_vae_and_makes_up_nothing(model, monkeypatch) -> None:
+    """Where kernels cannot be told apart the report says so, and draws whole passes."""
+    profiling = ours("lightforcing_core.bench.profile")
+
+    def lost(self):
+        raise profiling.ProfileError("no marks")
+
+    monkeypatch.setattr(profiling.Timeline, "result", lost)
+    report, picture = run_node("Benchmark", model=model, width=128, height=64, length=9, videos=1)
+    assert "dense" in report and "not told apart here: no marks" in report
+    assert "frames on the host" not in report and "glue" not in report
+    assert picture.shape == (1, 560, 1080, 3)
+
+
 def test_a_missing_clip_or_vae_is_an_error_only_to_who_uses_it() -> None:
     """ComfyUI asks every output whether it can say its size; that must not end in an error."""
     part = ours("nodes.adapter.embedded").OwnPart.vae("sf.pt")
