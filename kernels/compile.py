@@ -40,7 +40,7 @@ from .grid import BlockGrid
 from .launch import Launch, is_interpreted
 from .reference_channels import PackedWeights, pack_enlarging, pack_in_cells, pack_plain
 from .triton_attention import plan_attention
-from .triton_channels import plan_convolution, plan_normalisation
+from .triton_channels import convolution_options, plan_convolution, plan_normalisation
 from .triton_merge import plan_merge
 from .triton_pooling import plan_pooling
 from .triton_projection import plan_projection
@@ -113,7 +113,7 @@ def launches(arch: int) -> dict[str, Callable[[], Launch]]:
     for name, plan in (
         *_attention_launches(arch),
         *_row_launches(arch),
-        *_channel_launches(),
+        *_channel_launches(arch),
         *_small_launches(),
     ):
         found.setdefault(name, plan)
@@ -298,7 +298,7 @@ def _row_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
             yield name, lambda n=columns, g=gelu: rounding(n, g)
 
 
-def _channel_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
+def _channel_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
     """Every kind of convolution of the video decoders, at their widths."""
 
     def convolution(
@@ -308,14 +308,16 @@ def _channel_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
         x = _meta(1, 14, 480, 832, weights.channels)
         out, bias = _meta(*weights.out_shape(x)), _meta(weights.out_channels)
         residual = out if has_residual else None
-        return plan_convolution(x, weights, bias, residual, out, is_rectified=True)
+        options = convolution_options(weights, arch)
+        return plan_convolution(x, weights, bias, residual, out, is_rectified=True, options=options)
 
     def planes(channels: int, taps: int) -> Launch:
         weights = pack_in_cells(_meta(3, channels, taps, 3, 3))
         x = _meta(1, 14, 480, 832, channels)
         batch, depth, height, width, _ = weights.out_shape(x)
         out = _meta(batch, depth, 3, height, width, dtype=torch.float32)
-        return plan_convolution(x, weights, _meta(3), None, out, to_planes=True)
+        options = convolution_options(weights, arch)
+        return plan_convolution(x, weights, _meta(3), None, out, to_planes=True, options=options)
 
     def normalisation(channels: int, has_more: bool) -> Launch:
         x, vector = _meta(1, 14, 480, 832, channels), _meta(channels)
@@ -329,9 +331,10 @@ def _channel_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
     kinds = (("plain", pack_plain, plain), ("cells", pack_in_cells, cells),
              ("enlarging", pack_enlarging, enlarging + grown))  # fmt: skip
     for kind, pack, all_sizes in kinds:
-        for sizes in all_sizes:
-            has_residual = kind != "enlarging"
-            name = f"convolution {kind} {'x'.join(map(str, sizes))}"
+        for sizes, has_residual in itertools.product(all_sizes, (False, True)):
+            if has_residual and kind == "enlarging":
+                continue
+            name = f"convolution {kind} {'x'.join(map(str, sizes))}{' sum' if has_residual else ''}"
             arguments = pack, sizes, has_residual
             yield name, lambda arguments=arguments: convolution(*arguments)
     for sizes in ((24, 3), (64, 1), (96, 3)):

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, check_tensors
+from .launch import Launch, check_tensors, compute_capability
 from .reference_channels import PackedWeights
 
 _BLOCK_M = 128
@@ -300,9 +300,13 @@ def convolve_to_planes_triton(
     return out
 
 
-def convolution_options(weights: PackedWeights) -> dict[str, int]:
-    """Warps and stages: a wide tile needs more threads to hold it, and addresses of its windows."""
-    return {"num_warps": 8 if weights.block_n >= 64 else 4, "num_stages": 3}
+def convolution_options(weights: PackedWeights, capability: int) -> dict[str, int]:
+    """Warps, stages and registers for a GPU."""
+    if weights.block_n < 128:
+        return {"num_warps": 8 if weights.block_n == 64 else 4, "num_stages": 3}
+    options = {"num_warps": 8, "num_stages": 3}
+    # On Hopper this lets two programs share a multiprocessor and spills nothing; elsewhere it does.
+    return options | {"maxnreg": 128} if capability == 90 else options
 
 
 def plan_convolution(
@@ -369,7 +373,9 @@ def plan_convolution(
         "BLOCK_K": weights.block_k,
     }
     grid = (triton.cdiv(windows, block_m) * phases * tiles,)
-    return Launch(convolve_kernel, grid, arguments, options or convolution_options(weights))
+    if options is None:
+        options = convolution_options(weights, compute_capability(x.device))
+    return Launch(convolve_kernel, grid, arguments, options)
 
 
 def normalise_channels_triton(
