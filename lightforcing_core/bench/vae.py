@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..layout import FrameSize
+from ..vae.channel_operations import fast_obstacle
 from ..vae.streaming import VideoVAE
 from ..vae.taehv import TAEHV, TAEHVConfig
 from ..vae.wan_vae import WanVAE, WanVAEConfig
@@ -48,9 +49,15 @@ def bench_vae(
 ) -> dict[str, Any]:
     """Time of decoding one chunk in the middle of a stream (the first one is shorter).
 
+    Where the kernels can run, every network is also measured without them, in a row whose method
+    ends in 'plain torch'; rows of the kernels come after frames that agree with plain torch's.
+
     Returns:
         `rows` (median, fastest and slowest milliseconds a chunk, frames per second),
         `device`, `versions`.
+
+    Raises:
+        RuntimeError: the kernels' frames are further from float32 than rounding explains.
     """
     rows = []
     for case in cases:
@@ -64,31 +71,64 @@ def bench_vae(
                 case.size.latent_width,
             )
             latents = torch.randn(shape, device=device).to(case.dtype)
-            samples: list[float] = []
-            for _ in range(repeats):
-                decoder = vae.new_decoder()
-                for chunk in range(case.chunks):
-                    started = _wait(device)
-                    frames = decoder.decode(latents)
-                    spent = _wait(device) - started
-                    if chunk:
-                        samples.append(spent * 1e3)
-            samples = samples[case.chunks - 1 :]  # the first stream warms up
-            median = statistics.median(samples)
-            rows.append(
-                {
-                    "method": name,
-                    "width": case.size.width,
-                    "height": case.size.height,
-                    "frames": frames.shape[1],
-                    "ms": round(median, 3),
-                    "ms_min": round(min(samples), 3),
-                    "ms_max": round(max(samples), 3),
-                    "frames_per_second": round(frames.shape[1] / median * 1e3, 1),
-                }
-            )
-            del vae, decoder
+            has_kernels = not fast_obstacle(device, case.dtype)
+            if has_kernels:
+                _require_same_frames(name, device, case.dtype)
+            for use_kernels in (True, False) if has_kernels else (False,):
+                method = name if use_kernels or not has_kernels else f"{name}, plain torch"
+                samples, frames = _decode_times(
+                    vae, latents, case.chunks, repeats, use_kernels=use_kernels
+                )
+                median = statistics.median(samples)
+                rows.append(
+                    {
+                        "method": method,
+                        "width": case.size.width,
+                        "height": case.size.height,
+                        "frames": frames,
+                        "ms": round(median, 3),
+                        "ms_min": round(min(samples), 3),
+                        "ms_max": round(max(samples), 3),
+                        "frames_per_second": round(frames / median * 1e3, 1),
+                    }
+                )
+            del vae
     return {"device": device_name(device), "versions": machine_facts(device), "rows": rows}
+
+
+def _decode_times(
+    vae: VideoVAE, latents: torch.Tensor, chunks: int, repeats: int, *, use_kernels: bool
+) -> tuple[list[float], int]:
+    """Milliseconds of every chunk but the first of each stream, and frames of the last chunk."""
+    samples: list[float] = []
+    for _ in range(repeats):
+        decoder = vae.new_decoder(use_kernels=use_kernels)
+        for chunk in range(chunks):
+            started = _wait(latents.device)
+            frames = decoder.decode(latents)
+            spent = _wait(latents.device) - started
+            if chunk:
+                samples.append(spent * 1e3)
+    return samples[chunks - 1 :], frames.shape[1]  # the first stream warms up
+
+
+def _require_same_frames(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Both ways to decode against float32, on small frames: the kernels may round like torch."""
+    network = decoder_network(name).to(device).eval()
+    latents = torch.randn(1, _LATENT_CHANNELS, 4, 12, 20, device=device)
+    exact = VideoVAE(network).new_decoder(use_kernels=False).decode(latents)
+    vae = VideoVAE(network.to(dtype))
+    errors = []
+    for use_kernels in (False, True):
+        decoder = vae.new_decoder(use_kernels=use_kernels)
+        frames = torch.cat([decoder.decode(part) for part in latents.split(2, dim=2)], dim=1)
+        errors.append((frames - exact).square().mean().sqrt().item())
+    plain, fast = errors
+    if not fast <= 2 * plain + 1e-4:
+        raise RuntimeError(
+            f"{name}: frames of the kernels are {fast:.2e} from float32, plain torch's {plain:.2e};"
+            " nothing was measured"
+        )
 
 
 def _wait(device: torch.device) -> float:
