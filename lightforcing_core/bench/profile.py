@@ -11,6 +11,7 @@ Profiling costs time itself, most of all between kernels: compare with the unpro
 
 from __future__ import annotations
 
+import re
 import statistics
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -31,6 +32,8 @@ from .video import Video
 
 _MARK = "lightforcing mark"
 _MARK_KERNEL = "spin_kernel"  # of torch.cuda._sleep, which nothing else launches
+# Listed among kernels, but only waiting, or a name for those below it.
+_NO_WORK = re.compile(r"(context|event|stream) (sync|wait)|## ", re.IGNORECASE)
 _KERNELS_LISTED = 40
 
 
@@ -116,10 +119,12 @@ class ProfileError(UserError):
 class Timeline:
     """Records what a device does while it is entered. The last mark ends what is counted."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, beside: str = DECODE) -> None:
+        """Args: beside: the part of kernels on other streams than that of the marks."""
+        self._beside = beside
         self._is_cuda = device.type == "cuda"
         kinds = ProfilerActivity.CUDA if self._is_cuda else ProfilerActivity.CPU
-        self._profiler = profile(activities=[kinds], acc_events=True)
+        self._profiler = profile(activities=[kinds])
         self._labels: list[tuple[str, int]] = []
 
     def __enter__(self) -> Timeline:
@@ -148,7 +153,7 @@ class Timeline:
         events: list[Event] = []
         marks: list[Event] = []
         for given in self._profiler.events():
-            if given.device_type != kind:
+            if given.device_type != kind or (self._is_cuda and _NO_WORK.match(given.name)):
                 continue
             span = given.time_range.start / 1e6, given.time_range.end / 1e6
             stream = given.device_resource_id if self._is_cuda else given.thread
@@ -168,7 +173,7 @@ class Timeline:
         main = marks[0].stream
         if not self._is_cuda:
             events = outermost(event for event in events if event.stream == main)
-        return split_by_part(events, regions, main, is_cuda=self._is_cuda)
+        return split_by_part(events, regions, main, is_cuda=self._is_cuda, beside=self._beside)
 
 
 def outermost(events: Iterable[Event]) -> list[Event]:
@@ -181,20 +186,26 @@ def outermost(events: Iterable[Event]) -> list[Event]:
 
 
 def split_by_part(
-    events: Sequence[Event], regions: Sequence[Region], main: int, *, is_cuda: bool
+    events: Sequence[Event],
+    regions: Sequence[Region],
+    main: int,
+    *,
+    is_cuda: bool,
+    beside: str = DECODE,
 ) -> Profile:
     """Give every moment of every chunk to one part.
 
     Args:
         regions: in order of time; the last one only ends what is counted.
         main: the stream of the forwards.
+        beside: the part of kernels on other streams.
     """
     starts = [region.start for region in regions]
     begin, end = starts[0], starts[-1]
     times: dict[int, dict[str, float]] = {
         region.chunk: dict.fromkeys(PARTS, 0.0) for region in regions
     }
-    beside: Counter[int] = Counter()
+    decoding: Counter[int] = Counter()
     launches: Counter[int] = Counter()
     by_name: dict[tuple[str, str], list[float]] = defaultdict(list)
     # (time, begins or ends, rank, part); rank: main stream, other streams, copies
@@ -204,12 +215,12 @@ def split_by_part(
         if start >= stop:
             continue
         region = regions[bisect_right(starts, start) - 1]
-        part, rank = _place(event, region, main, is_cuda=is_cuda)
+        part, rank = _place(event, region, main, beside, is_cuda=is_cuda)
         steps += [(start, 1, rank, part), (stop, -1, rank, part)]
         launches[region.chunk] += 1
         by_name[event.name, part].append(event.end - event.start)
-        if event.stream != main and part != COPY:
-            beside[region.chunk] += stop - start
+        if event.stream != main and part == DECODE:
+            decoding[region.chunk] += stop - start
     # Only to cut at the borders of chunks.
     steps += [(start, 0, 0, IDLE) for start in starts]
     steps.sort(key=lambda step: step[0])
@@ -226,20 +237,22 @@ def split_by_part(
     kernels = [KernelTime(*key, sum(spent), len(spent)) for key, spent in by_name.items()]
     return Profile(
         [
-            ChunkParts(chunk, sum(parts.values()), parts, beside[chunk], launches[chunk])
+            ChunkParts(chunk, sum(parts.values()), parts, decoding[chunk], launches[chunk])
             for chunk, parts in sorted(times.items())
         ],
         sorted(kernels, key=lambda kernel: -kernel.seconds),
     )
 
 
-def _place(event: Event, region: Region, main: int, *, is_cuda: bool) -> tuple[str, int]:
+def _place(
+    event: Event, region: Region, main: int, beside: str, *, is_cuda: bool
+) -> tuple[str, int]:
     """The part of an event, and its rank among those at the same moment."""
     part = part_of(event.name, is_cuda=is_cuda)
     if part == COPY:
         return COPY, 2
     if event.stream != main:
-        return DECODE, 1
+        return beside, 1
     by_region = {"clean": CLEAN, "decode": DECODE}
     return by_region.get(region.label, part), 0
 

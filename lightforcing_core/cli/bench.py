@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 _BENCHES = ("attention", "rollout", "vae")
 _DECODERS = ("taehv", "lightvae", "wan", "none")
 _SIZES = ("832x480", "768x512")
+_WHAT_IT_SAYS = (
+    "A rollout makes 81 frames with random weights at the real 1.3B shape, the prompt's embeddings "
+    "given. Frames per second 'made' count denoising and clean passes, 'decoded' everything until "
+    "the last frame lies on the host; 'first' is when those of the first chunk do. Memory is what "
+    "torch holds at the highest point of a warm video: weights, key/value cache, recorded graphs, "
+    "decoder and frames; the CUDA context is not counted. Each method has the device to itself."
+)
 # Options of a rollout; other benches refuse them.
 _ROLLOUT_OPTIONS = ("methods", "decoder", "window", "sink", "waterfall", "profile", "plot")
 
@@ -23,6 +30,7 @@ _ROLLOUT_OPTIONS = ("methods", "decoder", "window", "sink", "waterfall", "profil
 def add_commands(command: AddCommand) -> None:
     """Register `bench`."""
     bench = command("bench", _bench, "Measure attention, whole rollouts or decoding here.")
+    bench.epilog = _WHAT_IT_SAYS
     bench.add_argument("what", choices=_BENCHES)
     bench.add_argument("--csv", type=Path, help="write the table")
     bench.add_argument("--runs", type=count, help="measurements of each method")

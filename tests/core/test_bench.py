@@ -7,6 +7,7 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -274,6 +275,36 @@ def test_parts_sum_to_the_time_of_a_chunk(method: str) -> None:
     assert (whole["select_ms"] > 0) == (method == "sparse")
     assert profile.profile_table(result["rows"])[-1].startswith("the same video unprofiled")
     json.dumps(result)
+
+
+def _gpu_timeline(*kernels: tuple[str, float, float, int]) -> profile.Timeline:
+    """As a GPU would have left it: two marks were launched, kernels in microseconds."""
+
+    def recorded(name: str, start: float, end: float, stream: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name,
+            time_range=SimpleNamespace(start=start, end=end),
+            device_type=torch.autograd.DeviceType.CUDA,
+            device_resource_id=stream,
+        )
+
+    timeline = profile.Timeline(CPU)
+    timeline._is_cuda = True
+    timeline._labels = [("denoise", 0), ("end", 0)]
+    timeline._profiler = SimpleNamespace(events=lambda: [recorded(*kernel) for kernel in kernels])
+    return timeline
+
+
+def test_marks_on_a_gpu_are_kernels_in_the_stream() -> None:
+    mark = "at::cuda::(anonymous namespace)::spin_kernel(long)"
+    kernels = [(mark, 9.0, 10.0, 7), ("nvjet", 11.0, 14.0, 7), ("conv_fprop", 12.0, 15.0, 20)]
+    waits = [("Stream Wait Event", 9.0, 19.0, 7)]
+    found = _gpu_timeline((mark, 19.0, 20.0, 7), *kernels, *waits).result()
+    assert [kernel.name for kernel in found.kernels] == ["nvjet", "conv_fprop"]
+    parts = {part: round(1e6 * spent, 6) for part, spent in found.chunks[0].parts.items() if spent}
+    assert parts == {"linears": 3.0, "decode": 1.0, "idle": 6.0}
+    with pytest.raises(profile.ProfileError, match="kept 1 of 2 marks"):
+        _gpu_timeline(*kernels).result()
 
 
 def test_linears_are_counted_once() -> None:
