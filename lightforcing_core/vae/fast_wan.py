@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...kernels.reference_channels import pack_enlarging, pack_in_cells
 from .channel_operations import ChannelOperations
-from .latent_stats import denormalise_latents
+from .latent_stats import latent_statistics
 from .wan_vae import WanVAE, WanVAEState
 from .wan_vae_modules import CausalConv3d, FrameAttention, ResidualBlock, Upsampler
 
@@ -107,8 +107,10 @@ def _use_channels_last(layer: nn.Conv3d) -> None:
     In place, because a copy would hold the memory twice; other users of the layer see the same
     numbers in other strides. A weight that has them already is not touched.
     """
-    weight = layer.weight.data
-    layer.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
+    # A host may run in inference mode, whose tensors nobody could change outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        weight = layer.weight.data
+        layer.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _conv3d(layer: nn.Conv3d, features: Tensor, padding: tuple[int, int, int]) -> Tensor:
@@ -235,6 +237,7 @@ class FastWanDecoder:
     def __init__(self, network: WanVAE, operations: ChannelOperations) -> None:
         self._run = operations
         self._conv2 = network.conv2
+        self._mean, self._deviation = latent_statistics(network.conv2.weight)
         decoder = network.decoder
         self._first = _Causal(decoder.conv1, is_even=False)
         self._blocks = list(_blocks_of((*decoder.middle, *decoder.upsamples)))
@@ -255,7 +258,8 @@ class FastWanDecoder:
             t = 1 + 4 (T - 1) at the start of a stream and 4 T later; and the new state.
         """
         stream = _Stream(self._run, state.features if state else None)
-        x = self._conv2(denormalise_latents(latents)).permute(0, 2, 3, 4, 1)
+        own = (latents.float() * self._deviation + self._mean).to(latents.dtype)
+        x = self._conv2(own).permute(0, 2, 3, 4, 1)
         buffer = stream.extended(x, x.shape[1])
         buffer[:, _CACHED_FRAMES:].copy_(x)
         stream.keep(buffer)

@@ -24,7 +24,11 @@ LATENT_STD = (
 # fmt: on
 
 
-def _statistics(like: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+def latent_statistics(like: Tensor, channel_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation in float32, shaped to apply to tensors of `like`'s dimensions.
+
+    Copies from the host, which waits for the GPU: not for every chunk where that matters.
+    """
     shape = [1] * like.ndim
     shape[channel_dim] = LATENT_CHANNELS
     mean, std = torch.tensor((LATENT_MEAN, LATENT_STD), device=like.device).reshape(2, *shape)
@@ -38,11 +42,11 @@ def denormalise_latents(latents: Tensor, channel_dim: int = 1) -> Tensor:
         latents: 16 channels in dimension `channel_dim`, any other dimensions.
         channel_dim: which dimension holds the channels.
     """
-    mean, std = _statistics(latents, channel_dim)
+    mean, std = latent_statistics(latents, channel_dim)
     return (latents.float() * std + mean).to(latents.dtype)
 
 
 def normalise_latents(latents: Tensor, channel_dim: int = 1) -> Tensor:
     """VAE latents -> diffusion latents; the inverse of `denormalise_latents`."""
-    mean, std = _statistics(latents, channel_dim)
+    mean, std = latent_statistics(latents, channel_dim)
     return ((latents.float() - mean) / std).to(latents.dtype)

@@ -92,6 +92,23 @@ def test_the_states_are_those_of_the_plain_network(make: object) -> None:
     torch.testing.assert_close(crossed, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_weights_keep_their_values_and_stay_ordinary_tensors() -> None:
+    """Also where a host runs in inference mode; and what is laid out once is not copied again."""
+    network = wan(12).network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with torch.inference_mode():
+        FastWanDecoder(network, torch_operations())
+    weight = network.decoder.upsamples[0].residual["2"].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert not any(parameter.is_inference() for parameter in network.parameters())
+    address = weight.data_ptr()
+    FastWanDecoder(network, torch_operations())
+    assert weight.data_ptr() == address
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    network.load_state_dict(before)
+
+
 def test_the_cpu_and_other_types_stay_with_plain_torch(caplog: pytest.LogCaptureFixture) -> None:
     assert "need a CUDA device" in fast_obstacle(torch.device("cpu"), torch.bfloat16)
     with caplog.at_level(logging.INFO, logger="lightforcing"):
