@@ -43,7 +43,7 @@ from .triton_attention import plan_attention
 from .triton_channels import convolution_options, plan_convolution, plan_normalisation
 from .triton_merge import plan_merge
 from .triton_pooling import plan_pooling
-from .triton_projection import plan_projection
+from .triton_projection import plan_projection, plan_row_scales
 from .triton_quantisation import plan_quantisation
 from .triton_rows import plan_add_norm, plan_round_rows
 from .triton_selection import plan_scores, plan_selection
@@ -285,7 +285,12 @@ def _row_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
         }[kind]
         return plan_add_norm(x, branch, gate, gain, shift, x, out, scales, 1e-6, kind == "rms")
 
+    def row_scales(columns: int) -> Launch:
+        x = _meta(1, 4680, columns)
+        return plan_row_scales(x, x, _meta(2, 4680, dtype=wide), 1e-6)
+
     for columns in (1536, 5120):
+        yield f"row scales {columns}", lambda n=columns: row_scales(n)
         for kind in ("gated", "affine", "added", "first", "rms"):
             arguments = columns, kind, False
             yield f"norm {columns} {kind}", lambda a=arguments: norm(*a)
@@ -302,10 +307,13 @@ def _channel_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
     """Every kind of convolution of the video decoders, at their widths."""
 
     def convolution(
-        pack: Callable[[Tensor], PackedWeights], sizes: tuple[int, ...], has_residual: bool
+        pack: Callable[[Tensor], PackedWeights],
+        sizes: tuple[int, ...],
+        has_residual: bool,
+        batch: int = 1,
     ) -> Launch:
         weights = pack(_meta(*sizes, 3, 3))
-        x = _meta(1, 14, 480, 832, weights.channels)
+        x = _meta(batch, 14, 480, 832, weights.channels)
         out, bias = _meta(*weights.out_shape(x)), _meta(weights.out_channels)
         residual = out if has_residual else None
         options = convolution_options(weights, arch)
@@ -337,6 +345,10 @@ def _channel_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
             name = f"convolution {kind} {'x'.join(map(str, sizes))}{' sum' if has_residual else ''}"
             arguments = pack, sizes, has_residual
             yield name, lambda arguments=arguments: convolution(*arguments)
+    # Batches beyond 32-bit offsets.
+    for sizes in ((256, 256, 1), (64, 64, 1)):
+        name = f"convolution plain {'x'.join(map(str, sizes))} sum large"
+        yield name, lambda sizes=sizes: convolution(pack_plain, sizes, True, 16)
     for sizes in ((24, 3), (64, 1), (96, 3)):
         yield f"convolution planes {sizes[0]}x{sizes[1]}", lambda sizes=sizes: planes(*sizes)
     for channels, has_more in itertools.product((24, 96, 192, 384), (False, True)):
@@ -384,7 +396,9 @@ def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
             _meta(1, heads, n, head_dim, dtype=torch.float32) if pools else None
             for n in (blocks, q_grid.blocks_per_segment)
         )
-        return plan_projection(x, x, x, x[0, 0], x[0, 0], 1e-6, angles, angles, keys, keys, pooled,
+        scales = _meta(2, 4680, dtype=torch.float32)
+        weight = x[0, 0]
+        return plan_projection(x, x, x, weight, weight, scales, angles, angles, keys, keys, pooled,
                                slots, out, pooled_q, q_grid, kv_grid)  # fmt: skip
 
     for head_dim, blocks in itertools.product(HEAD_DIMS, ((16, 16), (64, 64), (128, 64))):

@@ -1,8 +1,9 @@
-"""What lies between the projections and attention, in one launch: norm, rotary, cache, pooling.
+"""What lies between the projections and attention: norm, rotary, cache write, pooling.
 
 Queries are normalised, rotated and pooled; keys are normalised, rotated, written to their slots
-and pooled; values are written to their slots. Each number is read and written once: a program does
-one block, some whole rows at a time, which stay in registers from the norm to the store.
+and pooled; values are written to their slots. Two launches: the norm spans all heads, so a first
+one finds the scale of each row, and in the second each program does some heads of one block. With
+one launch a program must hold or read again whole rows of its block, and few programs wait long.
 
 Roundings are those of the modules it replaces: the norm in float32, rounded, times its weight,
 rounded; the rotation in float32, rounded; means of the rounded values.
@@ -12,6 +13,8 @@ Reference: `reference.project_blocks`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -20,55 +23,70 @@ from torch import Tensor
 from .checks import check_projection
 from .grid import BlockGrid
 from .launch import Launch, check_tensors
+from .triton_rows import row_pieces, row_warps
 
 _RUNTIME = ["num_q_blocks", "num_k_blocks", "q_tokens", "kv_blocks_per_slot", "kv_tokens"]
-_RUNTIME += ["slot_rows", "cache_stride_b", "pooled_q_blocks", "pooled_k_blocks"]
-_NUMBERS_OF_A_THREAD = 48
+_RUNTIME += ["slot_rows", "num_heads", "cache_stride_b", "pooled_q_blocks", "pooled_k_blocks"]
+_HEADS_OF_A_PROGRAM = 1
 _UNPOOLED_BLOCK = 64
 
 
-@triton.jit
-def _rotated(x, weight, scale, cos, sin, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Rows of one head, normalised and rotated, in their own type."""
-    gain = tl.load(weight + tl.arange(0, HEAD_DIM)[None, :]).to(x.dtype)
-    normed = (x.to(tl.float32) * scale[:, None]).to(x.dtype) * gain
-    even, odd = tl.split(normed.to(tl.float32).reshape(ROWS, HEAD_DIM // 2, 2))
-    rotated = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-    return rotated.reshape(ROWS, HEAD_DIM).to(x.dtype)
+@triton.jit(do_not_specialize=["width"])
+def row_scales_kernel(
+    x_q,  # [N, width], rows x_stride apart
+    x_k,
+    scales,  # [2, N] float32
+    width,
+    x_stride,
+    eps,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Reciprocal root mean square of one row of queries or of keys."""
+    row = tl.program_id(0)
+    is_key = tl.program_id(1)
+    x = x_q if is_key == 0 else x_k
+    x += row.to(tl.int64) * x_stride
+    value = tl.load(x + tl.arange(0, BLOCK)).to(tl.float32)
+    square = tl.sum(value * value, 0)
+    if REST > 0:
+        at = BLOCK + tl.arange(0, REST)
+        value = tl.load(x + at, mask=at < width, other=0.0).to(tl.float32)
+        square += tl.sum(value * value, 0)
+    tl.store(scales + is_key * tl.num_programs(0) + row, tl.rsqrt(square / width + eps))
 
 
 @triton.jit
-def _block(
-    x, weight, cos, sin, out, pooled, count, x_stride, pooled_stride, eps,
+def _heads_of_block(
+    x, weight, scales, cos, sin, out, pooled, count, x_stride, width, pooled_stride,
     POOLS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one block; and the mean of its rows for each head."""
-    width: tl.constexpr = HEADS * HEAD_DIM
-    dims, half = tl.arange(0, HEAD_DIM)[None, :], tl.arange(0, HEAD_DIM // 2)[None, :]
-    for first in range(0, BLOCK, ROWS):
-        rows = first + tl.arange(0, ROWS)[:, None]
-        valid = rows < count
-        parts = ()
-        squares = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-        for head in tl.static_range(HEADS):
-            part = tl.load(x + rows * x_stride + head * HEAD_DIM + dims, mask=valid, other=0.0)
-            squares += part.to(tl.float32) * part.to(tl.float32)
-            parts = parts + (part,)  # noqa: RUF005  Triton knows no star
-        scale = tl.rsqrt(tl.sum(squares, 1) / width + eps)
-        c = tl.load(cos + rows * (HEAD_DIM // 2) + half, mask=valid, other=0.0)
-        s = tl.load(sin + rows * (HEAD_DIM // 2) + half, mask=valid, other=0.0)
-        for head in tl.static_range(HEADS):
-            part = _rotated(parts[head], weight + head * HEAD_DIM, scale, c, s, ROWS, HEAD_DIM)
-            tl.store(out + rows * width + head * HEAD_DIM + dims, part, mask=valid)
+    """Some heads of the rows of a block, normalised and rotated, and the mean of the rows."""
+    dims, half = tl.arange(0, HEAD_DIM), tl.arange(0, HEAD_DIM // 2)[None, :]
+    for head in tl.static_range(HEADS):
+        total = tl.zeros([HEAD_DIM], tl.float32)
+        gain = tl.load(weight + head * HEAD_DIM + dims)[None, :].to(x.dtype.element_ty)
+        for part in tl.static_range(BLOCK // ROWS):
+            row = part * ROWS + tl.arange(0, ROWS)
+            rows = row[:, None]
+            valid = rows < count
+            value = tl.load(
+                x + rows * x_stride + head * HEAD_DIM + dims[None, :], mask=valid, other=0.0
+            )
+            scale = tl.load(scales + row, mask=row < count, other=0.0)
+            angle = rows * (HEAD_DIM // 2) + half
+            c = tl.load(cos + angle, mask=valid, other=0.0)
+            s = tl.load(sin + angle, mask=valid, other=0.0)
+            normed = (value.to(tl.float32) * scale[:, None]).to(value.dtype) * gain
+            even, odd = tl.split(normed.to(tl.float32).reshape(ROWS, HEAD_DIM // 2, 2))
+            rotated = tl.join(even * c - odd * s, even * s + odd * c)
+            value = rotated.reshape(ROWS, HEAD_DIM).to(value.dtype)
+            tl.store(out + rows * width + head * HEAD_DIM + dims[None, :], value, mask=valid)
             if POOLS:
-                mean = tl.sum(part.to(tl.float32), 0) / count.to(tl.float32)
-                at = pooled + head * pooled_stride + tl.arange(0, HEAD_DIM)
-                if first > 0:  # this program's own numbers: the order of the sum is fixed
-                    mean += tl.load(at)
-                tl.store(at, mean)
-        if POOLS and BLOCK > ROWS:
-            tl.debug_barrier()  # other threads may read them next time
+                total += tl.sum(value.to(tl.float32), 0)
+        if POOLS:
+            tl.store(pooled + head * pooled_stride + dims, total / count.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -78,6 +96,7 @@ def project_blocks_kernel(
     x_v,
     weight_q,  # [H * D]
     weight_k,
+    scales,  # [2, B * S] float32, of queries and of keys
     cos,  # [S, D / 2] float32
     sin,
     open_slots,  # [segments] int32
@@ -92,33 +111,38 @@ def project_blocks_kernel(
     kv_blocks_per_slot,
     kv_tokens,
     slot_rows,
+    num_heads,
     x_stride,
     cache_stride_b,
     pooled_q_blocks,
     pooled_k_blocks,
-    eps,
     HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr,  # of one program
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    Q_ROWS: tl.constexpr,
+    KV_ROWS: tl.constexpr,
 ):
-    """One block of queries, or of keys, or of values; the large ones first."""
+    """Some heads of one block of queries, or of keys, or of values."""
     program = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
-    width: tl.constexpr = HEADS * HEAD_DIM
-    x_start = batch * q_tokens * x_stride
+    batch = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1) * HEADS
+    width = num_heads * HEAD_DIM
+    at_head = head * HEAD_DIM
+    first = batch * q_tokens
     if program < num_q_blocks:
         token = program * Q_BLOCK
         count = tl.minimum(q_tokens - token, Q_BLOCK)
         angle = token * (HEAD_DIM // 2)
         pooled = pooled_q
         if pooled_q is not None:
-            pooled = pooled_q + (batch * HEADS * pooled_q_blocks + program) * HEAD_DIM
-        _block(
-            x_q + x_start + token.to(tl.int64) * x_stride, weight_q, cos + angle, sin + angle,
-            q + (batch * q_tokens + token) * width, pooled, count, x_stride,
-            pooled_q_blocks * HEAD_DIM, eps, pooled_q is not None, Q_BLOCK, ROWS, HEADS, HEAD_DIM,
+            row = (batch * num_heads + head) * pooled_q_blocks + program
+            pooled = pooled_q + row * HEAD_DIM
+        _heads_of_block(
+            x_q + (first + token) * x_stride + at_head, weight_q + at_head, scales + first + token,
+            cos + angle, sin + angle, q + (first + token) * width + at_head, pooled, count,
+            x_stride, width, pooled_q_blocks * HEAD_DIM, pooled_q is not None, Q_BLOCK, Q_ROWS,
+            HEADS, HEAD_DIM,
         )  # fmt: skip
     else:
         block = (program - num_q_blocks) % num_k_blocks
@@ -128,27 +152,26 @@ def project_blocks_kernel(
         count = tl.minimum(kv_tokens - start, KV_BLOCK)
         token = segment * kv_tokens + start
         slot = tl.load(open_slots + segment)
-        to = batch * cache_stride_b + (slot.to(tl.int64) * slot_rows + start) * width
-        x_at = x_start + token.to(tl.int64) * x_stride
+        to = batch * cache_stride_b + (slot.to(tl.int64) * slot_rows + start) * width + at_head
+        x_at = (first + token) * x_stride + at_head
         if program < num_q_blocks + num_k_blocks:
             angle = token * (HEAD_DIM // 2)
             pooled = pooled_k
             if pooled_k is not None:
-                in_cache = slot * kv_blocks_per_slot + slot_block
-                pooled = pooled_k + (batch * HEADS * pooled_k_blocks + in_cache) * HEAD_DIM
-            _block(
-                x_k + x_at, weight_k, cos + angle, sin + angle, keys + to, pooled, count,
-                x_stride, pooled_k_blocks * HEAD_DIM, eps, pooled_k is not None,
-                KV_BLOCK, ROWS, HEADS, HEAD_DIM,
+                row = (batch * num_heads + head) * pooled_k_blocks
+                pooled = pooled_k + (row + slot * kv_blocks_per_slot + slot_block) * HEAD_DIM
+            _heads_of_block(
+                x_k + x_at, weight_k + at_head, scales + (tl.num_programs(2) + batch) * q_tokens
+                + token, cos + angle, sin + angle, keys + to, pooled, count, x_stride, width,
+                pooled_k_blocks * HEAD_DIM, pooled_k is not None, KV_BLOCK, KV_ROWS, HEADS,
+                HEAD_DIM,
             )  # fmt: skip
         else:
             dims = tl.arange(0, HEAD_DIM)[None, :]
-            for first in range(0, KV_BLOCK, ROWS):
-                rows = first + tl.arange(0, ROWS)[:, None]
-                for head in tl.static_range(HEADS):
-                    at = head * HEAD_DIM + dims
-                    part = tl.load(x_v + x_at + rows * x_stride + at, mask=rows < count)
-                    tl.store(values + to + rows * width + at, part, mask=rows < count)
+            rows = tl.arange(0, KV_BLOCK)[:, None]
+            for i in tl.static_range(HEADS):
+                part = tl.load(x_v + x_at + rows * x_stride + i * HEAD_DIM + dims, rows < count)
+                tl.store(values + to + rows * width + i * HEAD_DIM + dims, part, rows < count)
 
 
 def project_blocks_triton(
@@ -168,7 +191,7 @@ def project_blocks_triton(
     q_grid: BlockGrid,
     kv_grid: BlockGrid,
 ) -> tuple[Tensor, Tensor | None]:
-    """`reference.project_blocks` in one launch; all contiguous but the x, whose rows may be apart.
+    """`reference.project_blocks` in two launches; all contiguous, but rows of the x may be apart.
 
     Raises:
         ValueError: shapes, types or strides that the kernel cannot do, with what it can.
@@ -197,11 +220,28 @@ def project_blocks_triton(
             dtype=torch.float32,
             device=x_q.device,
         )
+    scales = torch.empty(2, batch * tokens, dtype=torch.float32, device=x_q.device)
+    plan_row_scales(x_q, x_k, scales, eps).run()
     plan_projection(
-        x_q, x_k, x_v, weight_q, weight_k, eps, cos, sin, keys, values, pooled_keys, open_slots,
+        x_q, x_k, x_v, weight_q, weight_k, scales, cos, sin, keys, values, pooled_keys, open_slots,
         q, pooled_q, q_grid, kv_grid,
     ).run()  # fmt: skip
     return q, pooled_q
+
+
+def plan_row_scales(x_q: Tensor, x_k: Tensor, scales: Tensor, eps: float) -> Launch:
+    """The launch for arguments that have been checked."""
+    width = x_q.shape[2]
+    arguments = {
+        "x_q": x_q,
+        "x_k": x_k,
+        "scales": scales,
+        "width": width,
+        "x_stride": x_q.stride(1),
+        "eps": eps,
+        **row_pieces(width),
+    }
+    return Launch(row_scales_kernel, (scales.shape[1], 2), arguments, row_warps(width, 16))
 
 
 def plan_projection(
@@ -210,7 +250,7 @@ def plan_projection(
     x_v: Tensor,
     weight_q: Tensor,
     weight_k: Tensor,
-    eps: float,
+    scales: Tensor,
     cos: Tensor,
     sin: Tensor,
     keys: Tensor,
@@ -223,16 +263,15 @@ def plan_projection(
     kv_grid: BlockGrid,
     *,
     num_warps: int = 8,
-    rows: int | None = None,
+    rows: int = 64,
+    heads_each: int = _HEADS_OF_A_PROGRAM,
 ) -> Launch:
     """The launch for arguments that have been checked."""
     batch, tokens, heads, head_dim = q.shape
     slot_rows = kv_grid.slot_tokens
     if pooled_keys is None:  # blocks mean nothing then, but share the work
         q_grid, kv_grid = (BlockGrid(g.segment_tokens, _UNPOOLED_BLOCK) for g in (q_grid, kv_grid))
-    if rows is None:
-        rows = _NUMBERS_OF_A_THREAD * 32 * num_warps // (heads * head_dim)
-        rows = 1 << max(rows, 1).bit_length() - 1  # a power of two
+    heads_each = math.gcd(heads, heads_each)
     num_q_blocks = q_grid.blocks_per_segment
     num_k_blocks = len(open_slots) * kv_grid.blocks_per_segment
     arguments = {
@@ -241,6 +280,7 @@ def plan_projection(
         "x_v": x_v,
         "weight_q": weight_q,
         "weight_k": weight_k,
+        "scales": scales,
         "cos": cos,
         "sin": sin,
         "open_slots": open_slots,
@@ -255,16 +295,17 @@ def plan_projection(
         "kv_blocks_per_slot": kv_grid.blocks_per_segment,
         "kv_tokens": kv_grid.segment_tokens,
         "slot_rows": slot_rows,
+        "num_heads": heads,
         "x_stride": x_q.stride(1),
         "cache_stride_b": 0 if batch == 1 else keys.stride(0),
         "pooled_q_blocks": num_q_blocks,
         "pooled_k_blocks": 0 if pooled_keys is None else pooled_keys.shape[2],
-        "eps": eps,
         "HEAD_DIM": head_dim,
-        "HEADS": heads,
+        "HEADS": heads_each,
         "Q_BLOCK": q_grid.block_tokens,
         "KV_BLOCK": kv_grid.block_tokens,
-        "ROWS": min(rows, q_grid.block_tokens, kv_grid.block_tokens),
+        "Q_ROWS": min(rows, q_grid.block_tokens),
+        "KV_ROWS": min(rows, kv_grid.block_tokens),
     }
-    grid = (num_q_blocks + 2 * num_k_blocks, batch)
+    grid = (num_q_blocks + 2 * num_k_blocks, heads // heads_each, batch)
     return Launch(project_blocks_kernel, grid, arguments, {"num_warps": num_warps})

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_rows
-from .launch import Launch, check_tensors
+from .launch import Launch, check_tensors, is_interpreted
 from .reference_rows import Rounded
 
 MOST_COLUMNS = 16384
@@ -47,9 +47,15 @@ def _turned(x, gain, shift, at, mask):
 
 
 @triton.jit
-def _gelu(x):
+def _gelu(x, IS_COMPILED: tl.constexpr):
     # tanh(y) = 2 sigmoid(2 y) - 1
-    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    wide = 1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x))
+    if not IS_COMPILED:
+        return x / wide
+    # A division takes a third of the kernel's time, the reciprocal one instruction.
+    return x * tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [wide], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit(do_not_specialize=["columns", "segment_rows"])
@@ -132,6 +138,7 @@ def round_rows_kernel(
     columns,
     x_stride,
     IS_GELU: tl.constexpr,
+    IS_COMPILED: tl.constexpr,  # not interpreted
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
@@ -143,14 +150,14 @@ def round_rows_kernel(
     at = tl.arange(0, BLOCK)
     value = tl.load(x + at).to(tl.float32)
     if IS_GELU:
-        value = _gelu(value)
+        value = _gelu(value, IS_COMPILED)
     largest = tl.maximum(tl.max(tl.abs(value), 0), 1e-12)
     if REST > 0:
         rest_at = BLOCK + tl.arange(0, REST)
         rest_mask = rest_at < columns
         rest = tl.load(x + rest_at, mask=rest_mask, other=0.0).to(tl.float32)
         if IS_GELU:
-            rest = _gelu(rest)
+            rest = _gelu(rest, IS_COMPILED)
         largest = tl.maximum(largest, tl.max(tl.abs(rest), 0))
     tl.store(scales + row, largest / LARGEST)
     factor = LARGEST / largest
@@ -244,9 +251,9 @@ def plan_add_norm(
         "eps": eps,
         "IS_RMS": rms,
         "LARGEST": _LARGEST if out.dtype == _E4M3 else 0.0,
-        **_pieces(hidden.shape[1]),
+        **row_pieces(hidden.shape[1]),
     }
-    return Launch(add_norm_kernel, (len(hidden),), arguments, _warps(hidden.shape[1], 16))
+    return Launch(add_norm_kernel, (len(hidden),), arguments, row_warps(hidden.shape[1], 16))
 
 
 def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launch:
@@ -258,10 +265,11 @@ def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launc
         "columns": x.shape[1],
         "x_stride": x.stride(0),
         "IS_GELU": gelu,
+        "IS_COMPILED": not is_interpreted(),
         "LARGEST": _LARGEST,
-        **_pieces(x.shape[1]),
+        **row_pieces(x.shape[1]),
     }
-    return Launch(round_rows_kernel, (len(x),), arguments, _warps(x.shape[1], 32))
+    return Launch(round_rows_kernel, (len(x),), arguments, row_warps(x.shape[1], 32))
 
 
 def _check_width(name: str, x: Tensor) -> None:
@@ -269,12 +277,13 @@ def _check_width(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have 1 to {MOST_COLUMNS} columns, got {x.shape[1]}")
 
 
-def _pieces(columns: int) -> dict[str, int]:
+def row_pieces(columns: int) -> dict[str, int]:
+    """A row as the largest power of two and the rest, in the names of the kernels."""
     block = 1 << (columns.bit_length() - 1)
     rest = columns - block
     return {"BLOCK": block, "REST": triton.next_power_of_2(rest) if rest else 0}
 
 
-def _warps(columns: int, numbers: int) -> dict[str, int]:
+def row_warps(columns: int, numbers: int) -> dict[str, int]:
     """So many that a thread holds about this many numbers."""
     return {"num_warps": min(max(triton.next_power_of_2(columns) // (32 * numbers), 1), 16)}

@@ -228,7 +228,7 @@ def test_a_rollout_compiles_before_its_first_chunk(
         backend=backend,
     )
     noise = SeededNoise(4, (1, 16, *size), torch.device("cuda"))
-    engine = ForwardEngine(tree, compiled=False) if kind == "engine" else None
+    engine = ForwardEngine(tree) if kind == "engine" else None
     chunks = rollout(tree, RolloutSettings(36, 3, sparse=sparse), text, noise, engine=engine)
     next(chunks)  # dense
     ready = compiled()

