@@ -320,7 +320,7 @@ def plan_convolution(
     to_planes: bool = False,
     scale: float = 1.0,
     shift: float = 0.0,
-    block_m: int = _BLOCK_M,
+    block_m: int | None = None,
     options: dict[str, int] | None = None,
 ) -> Launch:
     """The launch for arguments that have been checked.
@@ -335,6 +335,10 @@ def plan_convolution(
     phases, _, results = weights.matrix.shape
     windows = batch * depth * windows_high * windows_wide
     tiles = results // weights.block_n
+    # 64-bit offsets take twice the registers, so a wide tile must be half as high.
+    is_large = max(map(_reach, (x, out, x if residual is None else residual))) > _MOST
+    is_crowded = is_large and weights.block_n >= 128
+    block_m = block_m or (_BLOCK_M // 2 if is_crowded else _BLOCK_M)
     arguments = {
         "x": x,
         "weight": weights.matrix,
@@ -366,8 +370,7 @@ def plan_convolution(
         "RESULTS": weights.results,
         "TILES": tiles,
         "PHASES": phases,
-        # 64-bit offsets take twice the registers.
-        "IS_LARGE": max(map(_reach, (x, out, x if residual is None else residual))) > _MOST,
+        "IS_LARGE": is_large,
         "BLOCK_M": block_m,
         "BLOCK_N": weights.block_n,
         "BLOCK_K": weights.block_k,
