@@ -223,16 +223,15 @@ class StreamingDecoder:
         """Choose how to decode; not before the first pass, because a host may move the weights."""
         if self._fast_device == device:
             return
-        self._fast, self._fast_device = None, device
-        vae = self._vae
+        self._fast, vae = None, self._vae
         why = fast_obstacle(device, vae.dtype) if self._use_kernels else "asked for"
-        if why:
-            log.info("decoding with plain torch: %s", why)
-            return
-        log.info("decoding channels-last with Triton kernels")
-        run = triton_operations()
-        is_wan = isinstance(vae.network, WanVAE)
-        self._fast = (FastWanDecoder if is_wan else FastTAEHVDecoder)(vae.network, run)
+        if not why:
+            make = FastWanDecoder if isinstance(vae.network, WanVAE) else FastTAEHVDecoder
+            self._fast = make(vae.network, triton_operations())
+        # Last: had memory run out above, the next pass must choose again.
+        self._fast_device = device
+        taken = f"plain torch: {why}" if why else "Triton kernels, channels-last"
+        log.info("decoding with %s", taken)
 
     def _decode_pass(self, latents: Tensor) -> Tensor:
         self._prepare(latents.device)
