@@ -8,6 +8,7 @@ other one.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,8 +47,7 @@ class ChunkAttention(Protocol):
     """Self-attention of a rollout.
 
     Order of calls: per chunk, once its frames have entered the cache, `begin_chunk`; per forward
-    `begin_pass`, then one call for every layer; `statistics` when the host has waited for the
-    device.
+    `begin_pass`, then one call for every layer; `tally` after the denoising passes.
     """
 
     def begin_chunk(self, chunk: int | None) -> None:
@@ -59,8 +59,9 @@ class ChunkAttention(Protocol):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v of the open chunk, [B, S, H, D], q and k rotated; returns [B, S, H, D]."""
 
-    def statistics(self) -> AttentionStatistics:
-        """Of the open chunk."""
+    def tally(self) -> Callable[[], AttentionStatistics]:
+        """What the open chunk's passes so far did. Only reading it, by the call of what is
+        returned, waits for the device, and not for passes that come after this one."""
 
 
 class CachedAttention:
@@ -85,6 +86,6 @@ class CachedAttention:
         with self._watch.span("attend") if self._watch else contextlib.nullcontext():
             return dense_attention(q, *self.cache.visible(layer))
 
-    def statistics(self) -> AttentionStatistics:
-        taken = self._watch.take() if self._watch else {}
-        return AttentionStatistics(0.0, 1.0, 0.0, taken.get("attend", 0.0))
+    def tally(self) -> Callable[[], AttentionStatistics]:
+        taken = self._watch.close() if self._watch else dict
+        return lambda: AttentionStatistics(0.0, 1.0, 0.0, taken().get("attend", 0.0))

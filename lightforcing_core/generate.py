@@ -329,6 +329,6 @@ def _stream(
             engine=job.engine,
         ):
             decoding_of.append(chunk.statistics)
-            decoding.submit(chunk.latents)
+            decoding.submit(chunk.latents, chunk.ready)
             yield from reported(wait=False)
         yield from reported(wait=True)

@@ -2,8 +2,9 @@
 
 Per chunk: a few denoising forwards, each predicting the clean latents and noising them again to
 the next level; then one clean pass at timestep 0 that writes the finished chunk's keys and
-values. The chunk is yielded before its clean pass, so whoever decodes it can start at once, and
-the last chunk's clean pass, which nobody would read, never runs.
+values. Whoever decodes a chunk need not wait for its clean pass: on the CPU it runs when the next
+chunk is asked for, on CUDA it is under way behind the chunk's latents. The last chunk's clean pass,
+which nobody would read, never runs.
 
 Reference: Self Forcing `CausalInferencePipeline.inference`.
 """
@@ -13,13 +14,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention import CachedAttention, ChunkAttention
+from .chunk import Chunk, ChunkStatistics, ModelCall, ModelHost
 from .errors import Cancelled, UserError
 from .fast.engine import ForwardEngine
 from .kv_cache import CacheSpec, KVCache
@@ -33,84 +33,6 @@ from .timesteps import TRAIN_TIMESTEPS, check_steps
 from .wan.forward import PositionTable, TextContext, position_table, wan_forward
 
 log = logging.getLogger("lightforcing")
-
-
-@dataclass(frozen=True)
-class ChunkStatistics:
-    """What one chunk was and cost.
-
-    Attributes:
-        index: chunk, from 0.
-        first_frame, num_frames: absolute latent frames.
-        kv_frames: latent frames attention saw, the chunk's own included.
-        sparsity: share of (query block, key block) pairs asked to be skipped, 0..1.
-        density: share of pairs computed, 0..1, mean over heads, layers and denoising passes.
-        forwards: forwards since the previous chunk was ready (clean passes included).
-        denoise_seconds: denoising forwards.
-        clean_seconds: clean passes of what came before this chunk (previous chunk or given
-            frames).
-        select_seconds, attend_seconds: of those forwards, in choosing blocks and in attending; what
-            an engine replays is not taken apart and not counted.
-    """
-
-    index: int
-    first_frame: int
-    num_frames: int
-    steps: int
-    kv_frames: int
-    sparsity: float
-    density: float
-    forwards: int
-    denoise_seconds: float
-    clean_seconds: float
-    select_seconds: float = 0.0
-    attend_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self.denoise_seconds + self.clean_seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "seconds": self.seconds}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A finished chunk.
-
-    Attributes:
-        latents: float32 [B, C, frames, h, w], normalised.
-        attention: the run's; what it says (`SparseAttention.plans`) is of this chunk until the
-            next one is asked for.
-    """
-
-    latents: Tensor
-    statistics: ChunkStatistics
-    attention: ChunkAttention
-
-
-@dataclass(frozen=True)
-class ModelCall:
-    """One forward that a rollout needs, for a host that runs its models itself.
-
-    Attributes:
-        latents: noisy, float32 [B, C, F, h, w].
-        timestep: of all frames, 0..1000.
-        frames: their absolute latent frame indices.
-        step: denoising step from 0; None for a clean pass, whose result nobody reads.
-        velocity: the forward, to be called exactly once, where the host's model would run: x
-            [B, C, F, h, w] in the forwards' dtype and the prompt, to the velocity in x's dtype.
-    """
-
-    latents: Tensor
-    timestep: float
-    frames: Sequence[int]
-    step: int | None
-    velocity: Callable[[Tensor, TextContext], Tensor]
-
-
-# Runs a forward; returns clean latents, float32 [B, C, F, h, w].
-ModelHost = Callable[[ModelCall], Tensor]
 
 
 class _Denoiser:
@@ -175,15 +97,21 @@ class _Denoiser:
         # Float64 as in Self Forcing: the difference of two large terms.
         return (call.latents.double() - sigma * velocity.double()).float()
 
-    def clean_pass(self, latents: Tensor, timestep: float, frames: Sequence[int]) -> None:
-        """Write the keys and values of finished latents and close their chunk."""
-        self.predict(latents, timestep, frames, None, self.positions(frames, latents))
-        self.cache.commit()
+    def clean_pass(
+        self, latents: Tensor, timestep: float, frames: Sequence[int], positions: PositionTable
+    ) -> None:
+        """Write the keys and values of finished latents."""
+        self.predict(latents, timestep, frames, None, positions)
 
-    def denoise(self, noise: NoiseSource, steps: Sequence[float], frames: Sequence[int]) -> Tensor:
-        """Clean latents of the open chunk, float32 [B, C, F, h, w]."""
-        latents = noise.initial(frames).float()
-        positions = self.positions(frames, latents)
+    def denoise(
+        self,
+        latents: Tensor,
+        noise: NoiseSource,
+        steps: Sequence[float],
+        frames: Sequence[int],
+        positions: PositionTable,
+    ) -> Tensor:
+        """Clean latents of the open chunk, float32 [B, C, F, h, w], from its initial noise."""
         for step, timestep in enumerate(steps):
             if step:
                 sigma = timestep / TRAIN_TIMESTEPS
@@ -330,24 +258,23 @@ def rollout(
         _, patch_h, patch_w = tree.patch_size
         order = settings.sparse.frame_order(height // patch_h, width // patch_w)
     denoiser = _Denoiser(tree, text, cache, attend, dtype, should_stop, engine, host, order)
-    watch = Stopwatch(device)
+    watch, clean_watch = Stopwatch(device), Stopwatch(device)
+    clean = settings.context_timestep
     with engine.run() if engine is not None else nullcontext():
         first = 0
         if given_latents is not None:
-            with watch.span("clean"):
+            with clean_watch.span("clean"):
                 for length in given_lengths:
                     frames = range(first, first + length)
                     cache.enter(frames)
                     attend.begin_chunk(None)
                     latents = given_latents[:, :, first : first + length].to(device).float()
-                    denoiser.clean_pass(latents, settings.context_timestep, frames)
+                    positions = denoiser.positions(frames, latents)
+                    denoiser.clean_pass(latents, clean, frames, positions)
+                    cache.commit()
                     first += length
 
-        finished: tuple[Tensor, range] | None = None
         for index, length in enumerate(lengths):
-            if finished is not None:
-                with watch.span("clean"):
-                    denoiser.clean_pass(finished[0], settings.context_timestep, finished[1])
             frames = range(first, first + length)
             first += length
             own_list = index == 0 and settings.first_chunk_steps is not None
@@ -356,11 +283,27 @@ def rollout(
             if sparse_for_chunk is not None and isinstance(attend, SparseAttention):
                 attend.change(sparse_for_chunk(index))
             attend.begin_chunk(index)
+            latents = noise.initial(frames).float()
+            positions = denoiser.positions(frames, latents)
             with watch.span("denoise"):
-                latents = denoiser.denoise(noise, steps, frames)
-            # The only time the host waits in a chunk: for its last forward, not for other streams.
-            taken = watch.take()
-            attention = attend.statistics()
+                latents = denoiser.denoise(latents, noise, steps, frames, positions)
+            tally, denoised, cleaned = attend.tally(), watch.close(), clean_watch.close()
+            forwards, denoiser.forwards = denoiser.forwards, 0
+            ready, failure, is_cleaned = None, None, False
+            if device.type == "cuda":
+                ready = torch.cuda.Event()
+                ready.record(torch.cuda.current_stream(device))
+            is_last = index == len(lengths) - 1
+            if ready is not None and not is_last:
+                # So that the device has work while the host waits, reports and prepares.
+                try:
+                    with clean_watch.span("clean"):
+                        denoiser.clean_pass(latents, clean, frames, positions)
+                    is_cleaned = True
+                except Exception as error:  # noqa: BLE001  the finished chunk comes first
+                    failure = error
+            # The only time the host waits in a chunk: for its last step, not for what follows.
+            attention = tally()
             statistics = ChunkStatistics(
                 index=index,
                 first_frame=frames.start,
@@ -369,12 +312,17 @@ def rollout(
                 kv_frames=cache.visible_frames,
                 sparsity=attention.sparsity,
                 density=attention.density,
-                forwards=denoiser.forwards,
-                denoise_seconds=taken["denoise"],
-                clean_seconds=taken.get("clean", 0.0),
+                forwards=forwards,
+                denoise_seconds=denoised()["denoise"],
+                clean_seconds=cleaned().get("clean", 0.0),
                 select_seconds=attention.select_seconds,
                 attend_seconds=attention.attend_seconds,
             )
-            denoiser.forwards = 0
-            yield Chunk(latents, statistics, attend)
-            finished = (latents, frames)
+            yield Chunk(latents, statistics, attend, ready)
+            if failure is not None:
+                raise failure
+            if not is_last:
+                if not is_cleaned:
+                    with clean_watch.span("clean"):
+                        denoiser.clean_pass(latents, clean, frames, positions)
+                cache.commit()

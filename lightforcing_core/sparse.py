@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -226,15 +226,20 @@ class SparseAttention:
                 **precision,
             )
 
-    def statistics(self) -> AttentionStatistics:
-        """Of the open chunk; waits for the device."""
-        taken = self._watch.take()
-        return AttentionStatistics(
-            sparsity=self._sparsity,
-            density=self._density(),
-            select_seconds=taken.get("select", 0.0),
-            attend_seconds=taken.get("attend", 0.0),
-        )
+    def tally(self) -> Callable[[], AttentionStatistics]:
+        """As `ChunkAttention.tally`."""
+        taken, density, sparsity = self._watch.close(), self._density(), self._sparsity
+
+        def read() -> AttentionStatistics:
+            seconds = taken()
+            return AttentionStatistics(
+                sparsity=sparsity,
+                density=density(),
+                select_seconds=seconds.get("select", 0.0),
+                attend_seconds=seconds.get("attend", 0.0),
+            )
+
+        return read
 
     def _chunk_sparsity(self, chunk: int | None, view: KeyView) -> float:
         alone = len(view.own_slots) == len(view.slot_frames)
@@ -307,11 +312,24 @@ class SparseAttention:
             own_blocks=prepared.own_blocks,
         )
 
-    def _density(self) -> float:
+    def _density(self) -> Callable[[], float]:
         """Kept share of all block pairs, mean over the chunk's layers and passes so far."""
         sparse = [counts for counts in self._counts if counts is not None]
         if not sparse:
-            return 1.0
-        dense = len(self._counts) - len(sparse)
-        kept = int(torch.stack(sparse).sum(dtype=torch.int64))
-        return (dense + kept / (sparse[0].numel() * self._view().num_blocks)) / len(self._counts)
+            return lambda: 1.0
+        passes, dense = len(self._counts), len(self._counts) - len(sparse)
+        pairs = sparse[0].numel() * self._view().num_blocks
+        kept = torch.stack(sparse).sum(dtype=torch.int64)
+        arrived = None
+        if kept.device.type == "cuda":
+            on_host = torch.empty(1, dtype=torch.int64, pin_memory=True)
+            kept = on_host.copy_(kept, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(self._device))
+
+        def read() -> float:
+            if arrived is not None:
+                arrived.synchronize()
+            return (dense + int(kept) / pairs) / passes
+
+        return read

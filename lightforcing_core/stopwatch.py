@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -35,13 +35,23 @@ class Stopwatch:
         ended.record(stream)
         self._events.append((name, started_event, ended))
 
+    def close(self) -> Callable[[], dict[str, float]]:
+        """Forget the spans so far; what is returned reads them, and waits for those not over."""
+        seconds, events = self._seconds, self._events
+        self._seconds, self._events = {}, []
+
+        def read() -> dict[str, float]:
+            for name, started, ended in events:
+                ended.synchronize()
+                seconds[name] = seconds.get(name, 0.0) + started.elapsed_time(ended) / 1000
+            events.clear()
+            return seconds
+
+        return read
+
     def take(self) -> dict[str, float]:
         """Seconds by name since the last time; waits for spans that are not over."""
-        for name, started, ended in self._events:
-            ended.synchronize()
-            self._add(name, started.elapsed_time(ended) / 1000)
-        taken, self._seconds, self._events = self._seconds, {}, []
-        return taken
+        return self.close()()
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds

@@ -170,8 +170,6 @@ class FastSparseAttention(SparseAttention):
     def _launch_all(self, own_block_variants: set[bool] | None) -> None:
         """The fused kernels too; leaves zeros in the first slot, which holds nothing yet."""
         super()._launch_all(own_block_variants)
-        if not own_block_variants:
-            return
         cache, spec = self.cache, self.cache.spec
         q_grid = BlockGrid(spec.frame_tokens, self._query_block_tokens)
         x = torch.zeros(
@@ -197,7 +195,7 @@ class FastSparseAttention(SparseAttention):
             q_grid=q_grid,
             kv_grid=spec.grid,
         )
-        for has_own in own_block_variants:
+        for has_own in own_block_variants or ():
             self._backend.select_blocks(
                 pooled_q,
                 cache.pooled_keys[0],

@@ -61,8 +61,13 @@ class ChunkDecoder:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
 
-    def submit(self, latents: Tensor) -> None:
-        """Hand in the next chunk's latents, [1, 16, T, h, w]; waits while `depth` chunks wait."""
+    def submit(self, latents: Tensor, ready: torch.cuda.Event | None = None) -> None:
+        """Hand in the next chunk's latents, [1, 16, T, h, w]; waits while `depth` chunks wait.
+
+        Args:
+            ready: recorded when the latents were; None: they are what the current stream has
+                computed by now.
+        """
         if self._pool is None or self._stream is None:
             done: Future[DecodedChunk] = Future()
             done.set_result(self._decode(latents))
@@ -71,8 +76,9 @@ class ChunkDecoder:
         unfinished = [future for future in self._pending if not future.done()]
         if len(unfinished) >= self._depth:
             unfinished[-self._depth].exception()  # waits; it is raised where frames are taken
-        ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(self._device))
+        if ready is None:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._device))
         latents.record_stream(self._stream)
         self._pending.append(self._pool.submit(self._decode_beside, latents, ready))
 

@@ -132,11 +132,13 @@ def position_table(
             f"got {len(order)} numbers"
         )
     places = torch.tensor(order)
+    inverse = places.argsort().to(device)
+    places = places.to(device)
     cos, sin = (
-        table.unflatten(0, (len(frame_indices), -1))[:, places].flatten(0, 1).to(device)
-        for table in rope_angles(frame_indices, rows, columns, head_dim, "cpu")
+        table.unflatten(0, (len(frame_indices), -1))[:, places].flatten(0, 1)
+        for table in rope_angles(frame_indices, rows, columns, head_dim, device)
     )
-    return PositionTable(cos, sin, places.to(device), places.argsort().to(device))
+    return PositionTable(cos, sin, places, inverse)
 
 
 def _check_latents(tree: nn.Module, x: Tensor, timesteps: Tensor, frames: int) -> None:

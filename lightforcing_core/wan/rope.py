@@ -55,16 +55,29 @@ def rope_angles(
         # Float64 on the host: some devices lack it, and these tables are tiny.
         return _angles(torch.tensor(list(values), dtype=torch.float64), part)
 
-    frames = len(frame_indices)
-    angles = torch.cat(
-        [
-            axis(frame_indices, frame_part)[:, None, None].expand(frames, rows, columns, -1),
-            axis(range(rows), row_part)[None, :, None].expand(frames, rows, columns, -1),
-            axis(range(columns), column_part)[None, None].expand(frames, rows, columns, -1),
-        ],
-        dim=-1,
-    ).flatten(0, 2)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    axes = [
+        axis(frame_indices, frame_part),
+        axis(range(rows), row_part),
+        axis(range(columns), column_part),
+    ]
+    device = torch.device(device)
+    small = torch.cat(
+        [f(angles).float().flatten() for f in (torch.cos, torch.sin) for angles in axes]
+    )
+    if device.type == "cuda":
+        small = small.pin_memory()  # so that the host need not wait for what the device does
+    tables = small.to(device, non_blocking=True).split([angles.numel() for angles in axes] * 2)
+    shape = len(frame_indices), rows, columns
+
+    def spread(frame: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        parts = (
+            frame.view(shape[0], 1, 1, -1).expand(*shape, -1),
+            row.view(1, rows, 1, -1).expand(*shape, -1),
+            column.view(1, 1, columns, -1).expand(*shape, -1),
+        )
+        return torch.cat(parts, dim=-1).flatten(0, 2)
+
+    return spread(*tables[:3]), spread(*tables[3:])
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

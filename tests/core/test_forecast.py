@@ -37,7 +37,7 @@ def _densities(
         attention.begin_chunk(chunk)
         for step in (*range(STEPS), None):
             if step is None:
-                statistics = attention.statistics()
+                statistics = attention.tally()()
                 reports.append((statistics.sparsity, statistics.density))
             attention.begin_pass(step)
             for layer in range(LAYERS):

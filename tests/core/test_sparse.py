@@ -205,7 +205,7 @@ def test_a_full_list_is_dense_attention(geometry: dict) -> None:
         q, out = video.forward(frames, 0)
         assert torch.allclose(out, dense_attention(q, *video.cache.visible(0)), atol=1e-5)
         assert bool(video.attend.plans) == bool(chunk)
-        assert video.attend.statistics().density == 1
+        assert video.attend.tally()().density == 1
 
 
 @pytest.mark.parametrize("tokens", [10, 12], ids=["padded slots", "whole blocks"])
@@ -229,7 +229,7 @@ def test_what_is_dense_equals_the_dense_engine_bit_for_bit(
         same = torch.equal(video.attend(0, q, k, v), dense(0, q, k, v))
         is_dense = chunk == 0 or settings.policy == Dense() or settings.schedule.value == 0
         assert same == is_dense
-        statistics = video.attend.statistics()
+        statistics = video.attend.tally()()
         assert (statistics.sparsity == 0, statistics.density == 1) == (is_dense, is_dense)
         for cache in (plain, video.cache):
             cache.commit()
@@ -272,7 +272,7 @@ def test_golden_chunks_through_the_cache(golden_dir: Path) -> None:
         out = attend(0, q, *(x[:, (total - own) * tokens :] for x in (k, v)))
         expected = tensors[f"{name}.out"]
         assert float((out - expected).norm() / expected.norm()) <= 1e-4
-        statistics = attend.statistics()
+        statistics = attend.tally()()
         assert statistics.density == pytest.approx(case["topk"] / case["kv_blocks"])
 
 
@@ -356,7 +356,7 @@ def test_density_is_the_mean_over_layers_and_passes() -> None:
     for chunk, frames in video.chunks():
         for step in range(4):
             video.forward(frames, step)
-        statistics = video.attend.statistics()
+        statistics = video.attend.tally()()
         if chunk:
             kept = (2 * 8 + 12) + 3 * (2 * 4 + 12)
             assert statistics.density == pytest.approx(kept / (12 * 12))

@@ -150,8 +150,7 @@ def test_an_engine_launches_nothing_else(
     run(sparse(policy, 64), fast=True, **geometry)
     assert recorder.at_first_chunk is not None
     assert recorder.variants - recorder.at_first_chunk == set()
-    fuses = any("project" in variant for variant in recorder.variants)
-    assert fuses == (policy.kind in ("hierarchical", "block_top_k"))
+    assert any("project" in variant for variant in recorder.variants)  # the first chunk is dense
 
 
 def test_settings_that_may_change_find_every_policy_prepared(recorder: Recorder) -> None:
