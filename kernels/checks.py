@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -219,3 +219,34 @@ def check_rows(hidden: Tensor, branch: Tensor | None, by_segment: dict[str, Tens
             raise ValueError(f"{name} must be [1 or {segments}, {columns}], got {tuple(x.shape)}")
     if segments == 0 or rows % segments:
         raise ValueError(f"{rows} rows are no {segments} segments of equal length")
+
+
+def check_eight_bit(to: torch.dtype, known: Mapping[torch.dtype, float]) -> None:
+    """Whether rows are rounded to a type.
+
+    Raises:
+        ValueError: they are not; with those they are.
+    """
+    if to not in known:
+        raise ValueError(f"rows are rounded to {', '.join(map(str, known))}, not to {to}")
+
+
+def check_sums(
+    sums: Tensor, row_scales: Tensor, column_scales: Tensor, bias: Tensor | None
+) -> None:
+    """Shapes and types of `scale_sums`' arguments; reads no device memory.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was given.
+    """
+    if sums.ndim != 2 or sums.dtype != torch.int32:
+        raise ValueError(f"sums must be int32 [N, C], got {sums.dtype} {tuple(sums.shape)}")
+    rows, columns = sums.shape
+    for name, x, shape in (
+        ("row_scales", row_scales, (rows, 1)),
+        ("column_scales", column_scales, (1, columns)),
+    ):
+        if x.dtype != torch.float32 or x.shape != shape:
+            raise ValueError(f"{name} must be float32 {shape}, got {x.dtype} {tuple(x.shape)}")
+    if bias is not None and bias.shape != (columns,):
+        raise ValueError(f"bias must be ({columns},), got {tuple(bias.shape)}")

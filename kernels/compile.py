@@ -47,6 +47,7 @@ from .triton_projection import plan_projection, plan_row_scales
 from .triton_quantisation import plan_quantisation
 from .triton_rows import plan_add_norm, plan_round_rows
 from .triton_selection import plan_scores, plan_selection
+from .triton_sums import plan_scale_sums
 
 TUNED_WITH = "3.6."
 """Triton whose compiler the configurations answer to; another allocates registers differently."""
@@ -264,17 +265,25 @@ def _int8_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
 
 
 def _row_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
-    """Widths of 1.3B and 14B; rounding where the hardware multiplies e4m3 numbers."""
-    e4m3, wide = torch.float8_e4m3fn, torch.float32
+    """Widths of 1.3B and 14B; rounding to what the hardware multiplies."""
+    wide = torch.float32
+    eight_bit_types = {"int8": torch.int8}
+    if arch >= 89:
+        eight_bit_types["e4m3"] = torch.float8_e4m3fn
 
-    def rounding(columns: int, gelu: bool) -> Launch:
-        out, scales = _meta(4680, columns, dtype=e4m3), _meta(4680, 1, dtype=wide)
+    def rounding(columns: int, gelu: bool, to: torch.dtype) -> Launch:
+        out, scales = _meta(4680, columns, dtype=to), _meta(4680, 1, dtype=wide)
         return plan_round_rows(_meta(4680, columns), out, scales, gelu)
 
-    def norm(columns: int, kind: str, eight_bit: bool) -> Launch:
+    def scaling(columns: int) -> Launch:
+        sums, out = _meta(4680, columns, dtype=torch.int32), _meta(4680, columns)
+        rows, across = _meta(4680, 1, dtype=wide), _meta(1, columns, dtype=wide)
+        return plan_scale_sums(sums, rows, across, out[0], out)
+
+    def norm(columns: int, kind: str, eight_bit: torch.dtype | None) -> Launch:
         x, scales = _meta(4680, columns), _meta(4680, 1, dtype=wide)
         table, weight = _meta(3, columns, dtype=wide), _meta(1, columns)
-        out = _meta(4680, columns, dtype=e4m3) if eight_bit else x
+        out = x if eight_bit is None else _meta(4680, columns, dtype=eight_bit)
         # A sum with a gate, one without, none; the norm of the text's queries.
         branch, gate, gain, shift = {
             "gated": (x, table, table, table),
@@ -292,15 +301,16 @@ def _row_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
     for columns in (1536, 5120):
         yield f"row scales {columns}", lambda n=columns: row_scales(n)
         for kind in ("gated", "affine", "added", "first", "rms"):
-            arguments = columns, kind, False
-            yield f"norm {columns} {kind}", lambda a=arguments: norm(*a)
-            if arch >= 89 and kind != "rms":
-                arguments = columns, kind, True
-                yield f"norm {columns} {kind} to e4m3", lambda a=arguments: norm(*a)
-    if arch >= 89:
-        for columns, gelu in ((1536, False), (5120, False), (8960, True), (13824, True)):
-            name = f"rounding {columns}{' gelu' if gelu else ''}"
-            yield name, lambda n=columns, g=gelu: rounding(n, g)
+            yield f"norm {columns} {kind}", lambda a=(columns, kind, None): norm(*a)
+            for name, to in eight_bit_types.items() if kind != "rms" else ():
+                arguments = columns, kind, to
+                yield f"norm {columns} {kind} to {name}", lambda a=arguments: norm(*a)
+    rounded = ((1536, False), (5120, False), (8960, True), (13824, True))
+    for (columns, gelu), (to_name, to) in itertools.product(rounded, eight_bit_types.items()):
+        name = f"rounding {columns}{' gelu' if gelu else ''} to {to_name}"
+        yield name, lambda n=columns, g=gelu, t=to: rounding(n, g, t)
+    for columns in (1536, 4608, 8960, 5120, 15360, 13824):
+        yield f"scaling {columns}", lambda n=columns: scaling(n)
 
 
 def _channel_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:

@@ -11,6 +11,7 @@ from .triton_projection import project_blocks_triton
 from .triton_quantisation import quantise_blocks_triton
 from .triton_rows import add_norm_triton, round_rows_triton
 from .triton_selection import select_blocks_triton
+from .triton_sums import scale_sums_triton
 
 __all__ = [
     "add_norm_triton",
@@ -22,5 +23,6 @@ __all__ = [
     "project_blocks_triton",
     "quantise_blocks_triton",
     "round_rows_triton",
+    "scale_sums_triton",
     "select_blocks_triton",
 ]

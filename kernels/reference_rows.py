@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_rows
+from .checks import check_eight_bit, check_rows, check_sums
 
 Rounded = tuple[Tensor, Tensor]
-"""e4m3 numbers [N, C] and one float32 scale for each row, [N, 1]; number x scale is the value."""
+"""Eight-bit numbers [N, C], and a float32 scale for each row, [N, 1]: number x scale is the value."""
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+"""Types that rows are rounded to, and what the largest number of a row becomes."""
 
 
 def add_norm(
@@ -24,7 +27,7 @@ def add_norm(
     shift: Tensor | None = None,
     eps: float,
     rms: bool = False,
-    eight_bit: bool = False,
+    eight_bit: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | Rounded]:
     """A residual sum, and the norm of its rows for what comes next.
 
@@ -38,7 +41,8 @@ def add_norm(
         gain, shift: [segments, C], of the normed rows; None: one and zero.
         eps: of the norm.
         rms: divide by the root mean square and leave the mean, instead of a layer norm.
-        eight_bit: round the normed rows to e4m3 with a scale for each row.
+        eight_bit: type of `LARGEST` that the normed rows are rounded to, with a scale for each;
+            None: hidden's type.
 
     Returns:
         hidden + branch * gate in hidden's type (hidden itself without a branch), and the norm of
@@ -65,23 +69,58 @@ def add_norm(
         x = x * rows(gain)
     if shift is not None:
         x = x + rows(shift)
-    return hidden, _rounded(x) if eight_bit else x.to(hidden.dtype)
+    return hidden, _rounded(x, eight_bit) if eight_bit else x.to(hidden.dtype)
 
 
-def round_rows(x: Tensor, *, gelu: bool = False) -> Rounded:
-    """Rows in e4m3 numbers with a scale for each.
+def round_rows(x: Tensor, to: torch.dtype = torch.float8_e4m3fn, *, gelu: bool = False) -> Rounded:
+    """Rows in eight-bit numbers with a scale for each.
 
     Args:
         x: [N, C], any float type.
+        to: type of `LARGEST`.
         gelu: of its GELU (tanh form).
 
     Returns:
-        See `Rounded`. A row of zeros gets a scale above zero.
+        See `Rounded`. A row of zeros gets a scale above zero, one with NaN in it the scale NaN.
+
+    Raises:
+        ValueError: rows are not rounded to such a type.
     """
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return _rounded(F.gelu(wide, approximate="tanh") if gelu else wide)
+    return _rounded(F.gelu(wide, approximate="tanh") if gelu else wide, to)
 
 
-def _rounded(x: Tensor) -> Rounded:
-    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    return (x / scale).to(torch.float8_e4m3fn), scale.float()
+def scale_sums(
+    sums: Tensor,
+    row_scales: Tensor,
+    column_scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What a product of int8 numbers stands for, computed in float32.
+
+    Args:
+        sums: int32 [N, C].
+        row_scales: float32 [N, 1], of the rows multiplied.
+        column_scales: float32 [1, C], of the columns.
+        bias: [C] or None.
+        dtype: of the result.
+
+    Returns:
+        sums * row_scales * column_scales + bias, [N, C].
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    check_sums(sums, row_scales, column_scales, bias)
+    value = sums.float() * row_scales * column_scales
+    return (value if bias is None else value + bias.float()).to(dtype)
+
+
+def _rounded(x: Tensor, to: torch.dtype) -> Rounded:
+    check_eight_bit(to, LARGEST)
+    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST[to]
+    numbers = x / scale
+    if to == torch.int8:
+        numbers = numbers.round().nan_to_num(0.0)  # NaN is in the scale
+    return numbers.to(to), scale.float()

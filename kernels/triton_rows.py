@@ -14,14 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_rows
+from .checks import check_eight_bit, check_rows
 from .launch import Launch, check_tensors, is_interpreted
-from .reference_rows import Rounded
+from .reference_rows import LARGEST, Rounded
 
 MOST_COLUMNS = 16384
 """Numbers of a row that a program can hold."""
-_E4M3 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(_E4M3).max
 
 
 @triton.jit
@@ -58,6 +56,27 @@ def _gelu(x, IS_COMPILED: tl.constexpr):
     )
 
 
+@triton.jit
+def _magnitude(x):
+    """Bits of the largest magnitude: as integers they are in order, and NaN is above all."""
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0)
+
+
+@triton.jit
+def _divisor(magnitude):
+    """A scale's numerator from `_magnitude`, above zero."""
+    largest = magnitude.to(tl.float32, bitcast=True)
+    return tl.maximum(largest, 1e-12, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _narrow(x, dtype: tl.constexpr):
+    """As another type, to the nearest; int8 for values within its range."""
+    if dtype == tl.int8:
+        x = (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: what is below one is rounded away
+    return x.to(dtype)
+
+
 @triton.jit(do_not_specialize=["columns", "segment_rows"])
 def add_norm_kernel(
     hidden,  # [N, C]
@@ -67,7 +86,7 @@ def add_norm_kernel(
     shift,
     total,  # [N, C], hidden + branch * gate
     out,  # [N, C]
-    scales,  # [N], for e4m3
+    scales,  # [N], for eight-bit numbers
     columns,
     segment_rows,
     gate_stride,
@@ -117,17 +136,17 @@ def add_norm_kernel(
     if REST > 0:
         rest = _turned(rest * factor, gain, shift, rest_at, rest_mask)
     if LARGEST > 0:
-        largest = tl.max(tl.abs(x), 0)
+        magnitude = _magnitude(x)
         if REST > 0:
-            largest = tl.maximum(largest, tl.max(tl.where(rest_mask, tl.abs(rest), 0.0), 0))
-        largest = tl.maximum(largest, 1e-12)
+            magnitude = tl.maximum(magnitude, _magnitude(tl.where(rest_mask, rest, 0.0)))
+        largest = _divisor(magnitude)
         tl.store(scales + row, largest / LARGEST)
         x *= LARGEST / largest
         if REST > 0:
             rest *= LARGEST / largest
-    tl.store(out + at, x.to(out.dtype.element_ty))
+    tl.store(out + at, _narrow(x, out.dtype.element_ty))
     if REST > 0:
-        tl.store(out + rest_at, rest.to(out.dtype.element_ty), mask=rest_mask)
+        tl.store(out + rest_at, _narrow(rest, out.dtype.element_ty), mask=rest_mask)
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -151,19 +170,20 @@ def round_rows_kernel(
     value = tl.load(x + at).to(tl.float32)
     if IS_GELU:
         value = _gelu(value, IS_COMPILED)
-    largest = tl.maximum(tl.max(tl.abs(value), 0), 1e-12)
+    magnitude = _magnitude(value)
     if REST > 0:
         rest_at = BLOCK + tl.arange(0, REST)
         rest_mask = rest_at < columns
         rest = tl.load(x + rest_at, mask=rest_mask, other=0.0).to(tl.float32)
         if IS_GELU:
             rest = _gelu(rest, IS_COMPILED)
-        largest = tl.maximum(largest, tl.max(tl.abs(rest), 0))
+        magnitude = tl.maximum(magnitude, _magnitude(rest))
+    largest = _divisor(magnitude)
     tl.store(scales + row, largest / LARGEST)
     factor = LARGEST / largest
-    tl.store(out + at, (value * factor).to(out.dtype.element_ty))
+    tl.store(out + at, _narrow(value * factor, out.dtype.element_ty))
     if REST > 0:
-        tl.store(out + rest_at, (rest * factor).to(out.dtype.element_ty), mask=rest_mask)
+        tl.store(out + rest_at, _narrow(rest * factor, out.dtype.element_ty), mask=rest_mask)
 
 
 def add_norm_triton(
@@ -175,7 +195,7 @@ def add_norm_triton(
     shift: Tensor | None = None,
     eps: float,
     rms: bool = False,
-    eight_bit: bool = False,
+    eight_bit: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | Rounded]:
     """`reference_rows.add_norm` in one launch; hidden and branch contiguous.
 
@@ -194,15 +214,19 @@ def add_norm_triton(
                 f"{name} must be dense in its last axis and on {hidden.device}, got strides "
                 f"{x.stride()} on {x.device}"
             )
+    if eight_bit is not None:
+        check_eight_bit(eight_bit, LARGEST)
     total = hidden if branch is None else torch.empty_like(hidden)
-    out = torch.empty_like(hidden, dtype=_E4M3 if eight_bit else hidden.dtype)
+    out = torch.empty_like(hidden, dtype=eight_bit or hidden.dtype)
     scales = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
     if hidden.numel():
         plan_add_norm(hidden, branch, gate, gain, shift, total, out, scales, eps, rms).run()
     return total, (out, scales) if eight_bit else out
 
 
-def round_rows_triton(x: Tensor, *, gelu: bool = False) -> Rounded:
+def round_rows_triton(
+    x: Tensor, to: torch.dtype = torch.float8_e4m3fn, *, gelu: bool = False
+) -> Rounded:
     """`reference_rows.round_rows` in one launch.
 
     Raises:
@@ -212,7 +236,8 @@ def round_rows_triton(x: Tensor, *, gelu: bool = False) -> Rounded:
         raise ValueError(f"x must be [N, C], got {tuple(x.shape)}")
     _check_width("x", x)
     check_tensors({"x": x})
-    out = torch.empty(x.shape, dtype=_E4M3, device=x.device)
+    check_eight_bit(to, LARGEST)
+    out = torch.empty(x.shape, dtype=to, device=x.device)
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     if x.numel():
         plan_round_rows(x, out, scales, gelu).run()
@@ -250,7 +275,7 @@ def plan_add_norm(
         **strides,
         "eps": eps,
         "IS_RMS": rms,
-        "LARGEST": _LARGEST if out.dtype == _E4M3 else 0.0,
+        "LARGEST": LARGEST.get(out.dtype, 0.0),
         **row_pieces(hidden.shape[1]),
     }
     return Launch(add_norm_kernel, (len(hidden),), arguments, row_warps(hidden.shape[1], 16))
@@ -266,7 +291,7 @@ def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launc
         "x_stride": x.stride(0),
         "IS_GELU": gelu,
         "IS_COMPILED": not is_interpreted(),
-        "LARGEST": _LARGEST,
+        "LARGEST": LARGEST[out.dtype],
         **row_pieces(x.shape[1]),
     }
     return Launch(round_rows_kernel, (len(x),), arguments, row_warps(x.shape[1], 32))

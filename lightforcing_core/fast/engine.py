@@ -30,13 +30,13 @@ from ..schedule import Timeline
 from ..sparse_settings import SparseSettings
 from ..wan.forward import PositionTable, SelfAttend, TextContext, wan_forward
 from .attention import FastDenseAttention, FastSparseAttention, GraphKey
-from .linears import with_eight_bit_linears
+from .linears import EIGHT_BIT_SPEEDS, block_dtype, with_eight_bit_linears
 from .operations import fused_obstacles, fused_operations
 from .stack import FusedBlocks, blocks_obstacle
 
 log = logging.getLogger("lightforcing")
 
-SPEEDS = ("plain", "fast", "fp8")
+SPEEDS = ("plain", "fast", *EIGHT_BIT_SPEEDS)
 """As it stands; fused and recorded; linear layers in eight bits too."""
 
 
@@ -265,8 +265,14 @@ class ForwardEngine:
             self._pool = None  # it went with the last graph that used it
 
 
-def engine_for(tree: nn.Module, speed: str | None, *, keep: bool = False) -> ForwardEngine | None:
+def engine_for(
+    tree: nn.Module, speed: str | None, *, keep: bool = False, replace: bool = False
+) -> ForwardEngine | None:
     """The engine of a speed, one of `SPEEDS`; None: fast where this machine can, else plain.
+
+    Args:
+        replace: where linear layers become eight-bit ones, the tree given gets them too and the
+            others go, which saves their memory.
 
     Raises:
         UserError: no such speed, or this machine cannot do it; lists every reason.
@@ -282,15 +288,15 @@ def engine_for(tree: nn.Module, speed: str | None, *, keep: bool = False) -> For
         raise UserError(
             f"the speed '{speed}' cannot be used: {'; '.join(obstacles)}; choose 'plain'"
         )
-    if speed == "fp8":
-        tree = with_eight_bit_linears(tree)
+    if speed in EIGHT_BIT_SPEEDS:
+        tree = with_eight_bit_linears(tree, EIGHT_BIT_SPEEDS[speed], replace=replace)
     return ForwardEngine(tree, keep=keep)
 
 
 def fast_obstacles(tree: nn.Module) -> list[str]:
     """Why the forwards of this tree cannot be fused where it lies; empty: they can."""
-    weight = tree.blocks[0].self_attn.q.weight
-    obstacles = fused_obstacles(weight.device, weight.dtype)
+    device = tree.blocks[0].self_attn.q.weight.device
+    obstacles = fused_obstacles(device, block_dtype(tree))
     if (unlike := blocks_obstacle(tree.blocks)) is not None:
         obstacles.append(unlike)
     return obstacles

@@ -1,135 +1,278 @@
-"""Linear layers with eight-bit products: weights in fp8, activations rounded on the way in.
+"""Linear layers with eight-bit products: weights in fp8 or int8, activations rounded on the way in.
 
-Weights are e4m3 with a scale for each output channel; activations get a scale for each token, found
-where they are made (`stack` joins the rounding to the norm or GELU before it). Sums are float32.
-Only the large layers of the blocks are exchanged: text, time, patches and head stay.
+Weights have a scale for each output channel; activations get a scale for each token, found where
+they are made (`stack` joins the rounding to the norm or GELU before it). Products of e4m3 numbers
+are summed in float32, of int8 ones exactly, in int32. Only the large layers of the blocks are
+exchanged: text, time, patches and head stay.
 
-Needs compute capability 8.9 (RTX 40, H100) or newer.
+fp8 needs compute capability 8.9 (RTX 40, H100) or newer, int8 8.0 (A100, RTX 30); plain torch does
+both on the CPU, slowly.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ...kernels.reference_rows import round_rows
+from ...kernels.reference_rows import Rounded, round_rows
 from ..errors import UserError
 from .operations import fused_operations
 
-_LEAST_CAPABILITY = (8, 9)
+EIGHT_BIT_SPEEDS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""Speeds of the engine whose linear layers are in eight bits, and what their numbers are."""
+EIGHT_BIT_LAYERS = (
+    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
+    "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2",
+)  # fmt: skip
+"""Of a block. Keys and values of the text are made once a prompt, and stay."""
+
+_LEAST_CAPABILITY = {torch.float8_e4m3fn: (8, 9), torch.int8: (8, 0)}
+_WIDTH_FACTOR = {torch.float8_e4m3fn: 16, torch.int8: 8}
+_DTYPES = {
+    torch.float8_e4m3fn: (torch.bfloat16,),
+    torch.int8: (torch.bfloat16, torch.float16, torch.float32),
+}
+_LEAST_INT8_ROWS = 17  # of torch._int_mm on CUDA
 
 
 class EightBitLinear(nn.Module):
-    """`nn.Linear` whose product is of e4m3 numbers; input and output in bfloat16.
+    """`nn.Linear` whose product is of eight-bit numbers.
 
-    Reference: `torch._scaled_mm` with row-wise scales.
+    Reference: `torch._scaled_mm` with row-wise scales; `torch._int_mm`.
     """
 
-    def __init__(self, *linears: nn.Linear) -> None:
-        """Several layers of the same input are one, with their outputs side by side."""
-        super().__init__()
-        rounded = [round_rows(linear.weight.detach()) for linear in linears]
-        weight = torch.cat([numbers.view(torch.uint8) for numbers, _ in rounded])
-        scale = torch.cat([scale for _, scale in rounded]).t().contiguous()
-        biases = [linear.bias.detach().bfloat16() for linear in linears if linear.bias is not None]
-        bias = torch.cat(biases) if len(biases) == len(linears) else None
-        self._hold(weight.view(torch.float8_e4m3fn), scale, bias)
+    def __init__(
+        self, *linears: nn.Linear | EightBitLinear, numbers: torch.dtype = torch.float8_e4m3fn
+    ) -> None:
+        """Several layers of the same input are one, with their outputs side by side.
 
-    def _hold(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        A layer that is in such numbers already gives them as they are.
+        """
+        super().__init__()
+        parts = [_in_eight_bits(linear, numbers) for linear in linears]
+        biases = [bias for *_, bias in parts if bias is not None]
+        # Not every type of eight bits can be joined.
+        weight = torch.cat([weight.view(torch.uint8) for weight, *_ in parts]).view(numbers)
+        scale = torch.cat([scale for _, scale, _ in parts], dim=1)
+        bias = torch.cat(biases) if len(biases) == len(parts) else None
+        first = linears[0]
+        dtype = first.dtype if isinstance(first, EightBitLinear) else first.weight.dtype
+        self._hold(weight, scale, bias, dtype)
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> EightBitLinear:
+        """A layer of given numbers, weight = number x scale.
+
+        Args:
+            weight: e4m3 or int8 [out, in], held as it is.
+            scale: one number, or one for each output.
+            bias: [out] or None.
+            dtype: of the output.
+        """
+        linear = cls.__new__(cls)
+        nn.Module.__init__(linear)
+        scale = scale.detach().to(weight.device, torch.float32).reshape(1, -1)
+        scale = scale.expand(1, len(weight)).contiguous()
+        bias = bias if bias is None else bias.detach().to(dtype)
+        linear._hold(weight.detach(), scale, bias, dtype)
+        return linear
+
+    def _hold(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.register_buffer("weight", weight, persistent=False)  # [out, in]
         self.register_buffer("scale", scale, persistent=False)  # [1, out]
         self.register_buffer("bias", bias, persistent=False)
 
+    @property
+    def numbers(self) -> torch.dtype:
+        """Type of the weight, and of what it is multiplied with."""
+        return self.weight.dtype
+
     def part(self, start: int, stop: int) -> EightBitLinear:
         """The layer of some outputs alone, in the same memory."""
+        rows = slice(start, stop)
         part = EightBitLinear.__new__(EightBitLinear)
         nn.Module.__init__(part)
-        rows = slice(start, stop)
-        part._hold(
-            self.weight[rows], self.scale[:, rows], None if self.bias is None else self.bias[rows]
-        )
+        bias = None if self.bias is None else self.bias[rows]
+        part._hold(self.weight[rows], self.scale[:, rows], bias, self.dtype)
         return part
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.multiply(*fused_operations(x.device).round_rows(x.flatten(0, -2)))
-        return out.unflatten(0, x.shape[:-1])
+        return self.multiply(*self.round(x.flatten(0, -2))).unflatten(0, x.shape[:-1])
+
+    def round(self, x: Tensor, *, gelu: bool = False) -> Rounded:
+        """Rows [N, in], or their GELU, in the numbers that the weight is in."""
+        return fused_operations(x.device).round_rows(x, self.numbers, gelu=gelu)
 
     def multiply(self, rounded: Tensor, scale: Tensor) -> Tensor:
-        """bfloat16 [N, out] from e4m3 numbers [N, in] and their scales [N, 1]."""
+        """[N, out] from rounded numbers [N, in] and their scales [N, 1]."""
+        if self.numbers == torch.int8:
+            scaled = fused_operations(rounded.device).scale_sums
+            sums = _int8_product(rounded, self.weight)
+            return scaled(sums, scale, self.scale.contiguous(), self.bias, self.dtype)
         return torch._scaled_mm(
             rounded,
             self.weight.t(),
             scale_a=scale,
             scale_b=self.scale,
             bias=self.bias,
-            out_dtype=torch.bfloat16,
+            out_dtype=self.dtype,
             use_fast_accum=True,
         )
+
+
+def _in_eight_bits(
+    linear: nn.Linear | EightBitLinear, numbers: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight, scale [1, out] and bias."""
+    if isinstance(linear, EightBitLinear) and linear.numbers == numbers:
+        return linear.weight, linear.scale, linear.bias
+    if isinstance(linear, EightBitLinear):
+        weight = (linear.weight.float() * linear.scale.t()).to(linear.dtype)
+        bias = linear.bias
+    else:
+        weight = linear.weight.detach()
+        bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
+    # By the twin, not by a kernel: weights are rounded on any device, any width.
+    rounded, scale = round_rows(weight, numbers)
+    return rounded, scale.t().contiguous(), bias
+
+
+def _int8_product(a: Tensor, weight: Tensor) -> Tensor:
+    """int32 [N, out]."""
+    missing = _LEAST_INT8_ROWS - len(a)
+    if missing <= 0:
+        return torch._int_mm(a, weight.t())
+    return torch._int_mm(F.pad(a, (0, 0, 0, missing)), weight.t())[: len(a)]
 
 
 class EightBitFeedForward(nn.Module):
     """Linear, GELU (tanh form), linear; what lies between is one kernel."""
 
-    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+    def __init__(self, first: EightBitLinear, second: EightBitLinear) -> None:
         super().__init__()
-        self.first, self.second = EightBitLinear(first), EightBitLinear(second)
+        self.first, self.second = first, second
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.first(x).flatten(0, -2)
-        rounded = fused_operations(x.device).round_rows(wide, gelu=True)
-        return self.second.multiply(*rounded).unflatten(0, x.shape[:-1])
+        return self.second.multiply(*self.second.round(wide, gelu=True)).unflatten(0, x.shape[:-1])
 
 
-def eight_bit_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a model of this type on this device cannot have eight-bit linear layers; None: it can."""
-    if device.type != "cuda":
+def eight_bit_obstacle(
+    device: torch.device,
+    dtype: torch.dtype,
+    numbers: torch.dtype = torch.float8_e4m3fn,
+    widths: Iterable[int] = (),
+) -> str | None:
+    """Why a model on this device cannot have eight-bit linear layers; None: it can.
+
+    Args:
+        device: where it is.
+        dtype: of its weights and activations.
+        numbers: what its products are to be of, one of EIGHT_BIT_SPEEDS.
+        widths: of inputs and outputs of its layers.
+    """
+    if device.type == "cuda":
+        capability, least = torch.cuda.get_device_capability(device), _LEAST_CAPABILITY[numbers]
+        if capability < least:
+            return (
+                f"they need compute capability {least[0]}.{least[1]} or higher, "
+                f"{device} has {capability[0]}.{capability[1]}"
+            )
+    elif numbers == torch.float8_e4m3fn:
         return f"they need a CUDA device, this run is on {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        return (
-            "they need compute capability 8.9 or higher, "
-            f"{device} has {capability[0]}.{capability[1]}"
-        )
-    if dtype != torch.bfloat16:
-        return f"they need bfloat16 weights, these are {str(dtype).removeprefix('torch.')}"
+    if dtype not in _DTYPES[numbers]:
+        names = " or ".join(str(x).removeprefix("torch.") for x in _DTYPES[numbers])
+        return f"they need {names} weights, these are {str(dtype).removeprefix('torch.')}"
+    factor = _WIDTH_FACTOR[numbers]
+    if unfit := sorted({width for width in widths if width % factor}):
+        return f"they need widths that are multiples of {factor}, not {', '.join(map(str, unfit))}"
     return None
 
 
-def with_eight_bit_linears(tree: nn.Module) -> nn.Module:
-    """The same tree with the linear layers of its blocks in eight bits; the tree given stays.
+def eight_bit_speed(device: torch.device) -> str:
+    """Which of EIGHT_BIT_SPEEDS suits a device: fp8 where it is multiplied by the hardware."""
+    if device.type != "cuda":
+        return "int8"
+    is_new = torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY[torch.float8_e4m3fn]
+    return "fp8" if is_new else "int8"
 
-    All else is shared with it, so both cost the memory of the blocks one and a half times.
+
+def with_eight_bit_linears(
+    tree: nn.Module, numbers: torch.dtype = torch.float8_e4m3fn, *, replace: bool = False
+) -> nn.Module:
+    """The same tree with the linear layers of its blocks in eight bits.
+
+    Args:
+        tree: Wan-shaped module tree; layers that are in such numbers already are taken as they are.
+        numbers: one of EIGHT_BIT_SPEEDS.
+        replace: exchange the layers of the tree given, block by block, so that at no time more
+            than one block is there twice. Else the tree given stays, all other layers are shared
+            with it, and both cost the memory of the blocks one and a half times.
 
     Raises:
-        UserError: the device or the type cannot.
+        UserError: the device, the type or a width cannot.
     """
-    weight = tree.blocks[0].self_attn.q.weight
-    if obstacle := eight_bit_obstacle(weight.device, weight.dtype):
+    device = tree.blocks[0].self_attn.q.weight.device
+    widths = {n for block in tree.blocks for n in _widths(block)}
+    if obstacle := eight_bit_obstacle(device, block_dtype(tree), numbers, widths):
         raise UserError(f"eight-bit linear layers cannot be used: {obstacle}")
+    if replace:
+        for block in tree.blocks:
+            _exchange(block, numbers)
+        return tree
     fast = copy.copy(tree)
     fast._modules = dict(tree._modules)
-    fast.blocks = nn.ModuleList(_block(block) for block in tree.blocks)
+    fast.blocks = nn.ModuleList(_shallow(block) for block in tree.blocks)
+    for block in fast.blocks:
+        _exchange(block, numbers)
     return fast
 
 
-def _block(block: nn.Module) -> nn.Module:
-    fast = copy.copy(block)
-    fast._modules = dict(block._modules)
+def block_dtype(tree: nn.Module) -> torch.dtype:
+    """What the blocks of a tree compute in, apart from eight-bit products."""
+    layer = tree.blocks[0].self_attn.q
+    return layer.dtype if isinstance(layer, EightBitLinear) else layer.weight.dtype
+
+
+def _widths(block: nn.Module) -> set[int]:
+    feed_forward = block.ffn
+    if isinstance(feed_forward, EightBitFeedForward):
+        return set(feed_forward.first.weight.shape)
+    return {n for layer in (feed_forward[0], block.self_attn.q) for n in layer.weight.shape}
+
+
+def _shallow(block: nn.Module) -> nn.Module:
+    """A block whose own layers can be exchanged."""
+    shallow = copy.copy(block)
+    shallow._modules = dict(block._modules)
     for name in ("self_attn", "cross_attn"):
-        attention = copy.copy(fast._modules[name])
-        attention._modules = modules = dict(attention._modules)
-        if name == "self_attn":
-            joined = EightBitLinear(*(modules[linear] for linear in "qkv"))
+        attention = copy.copy(shallow._modules[name])
+        attention._modules = dict(attention._modules)
+        shallow._modules[name] = attention
+    return shallow
+
+
+def _exchange(block: nn.Module, numbers: torch.dtype) -> None:
+    if isinstance(block.ffn, EightBitFeedForward):
+        return
+    for attention in (block.self_attn, block.cross_attn):
+        modules = attention._modules
+        if attention is block.self_attn:
+            joined = EightBitLinear(*(modules[linear] for linear in "qkv"), numbers=numbers)
             width = len(joined.weight) // 3
             modules["qkv"] = joined
             for i, linear in enumerate("qkv"):
                 modules[linear] = joined.part(i * width, (i + 1) * width)
-        else:  # keys and values of the text are made once a prompt
-            modules["q"] = EightBitLinear(modules["q"])
-        modules["o"] = EightBitLinear(modules["o"])
-        fast._modules[name] = attention
-    first, _, second = fast._modules["ffn"]
-    fast._modules["ffn"] = EightBitFeedForward(first, second)
-    return fast
+        else:
+            modules["q"] = EightBitLinear(modules["q"], numbers=numbers)
+        modules["o"] = EightBitLinear(modules["o"], numbers=numbers)
+    first, _, second = block.ffn
+    layers: Sequence[EightBitLinear] = [EightBitLinear(x, numbers=numbers) for x in (first, second)]
+    block._modules["ffn"] = EightBitFeedForward(*layers)

@@ -22,17 +22,26 @@ class FusedOperations:
     add_norm: Callable[..., tuple[Tensor, Any]]
     round_rows: Callable[..., tuple[Tensor, Tensor]]
     project_blocks: Callable[..., tuple[Tensor, Tensor | None]]
+    scale_sums: Callable[..., Tensor]
 
 
 def fused_operations(device: torch.device) -> FusedOperations:
     """Those of a device; `fused_obstacles` says whether there are any."""
     if device.type != "cuda":
         return FusedOperations(
-            reference_rows.add_norm, reference_rows.round_rows, reference.project_blocks
+            reference_rows.add_norm,
+            reference_rows.round_rows,
+            reference.project_blocks,
+            reference_rows.scale_sums,
         )
     from ...kernels import ops
 
-    return FusedOperations(ops.add_norm_triton, ops.round_rows_triton, ops.project_blocks_triton)
+    return FusedOperations(
+        ops.add_norm_triton,
+        ops.round_rows_triton,
+        ops.project_blocks_triton,
+        ops.scale_sums_triton,
+    )
 
 
 def fused_obstacles(device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -34,7 +34,6 @@ class FusedBlocks:
 
     def __init__(self, operations: FusedOperations) -> None:
         self._add_norm = operations.add_norm
-        self._round = operations.round_rows
 
     def __call__(
         self,
@@ -52,7 +51,8 @@ class FusedBlocks:
         normed: Normed | None = None
         for layer, block in enumerate(blocks):
             shift1, gain1, gate1, shift2, gain2, gate2 = table[layer]
-            eight_bit = isinstance(block.self_attn.o, EightBitLinear)
+            out = block.self_attn.o
+            eight_bit = out.numbers if isinstance(out, EightBitLinear) else None
             if layer == 0:
                 _, normed = self._add_norm(
                     rows, gain=gain1, shift=shift1, eps=block.norm1.eps, eight_bit=eight_bit
@@ -130,7 +130,8 @@ class FusedBlocks:
 
     def _feed_forward(self, ffn: nn.Module, normed: Normed) -> Tensor:
         if isinstance(ffn, EightBitFeedForward):
-            return ffn.second.multiply(*self._round(ffn.first.multiply(*normed), gelu=True))
+            wide = ffn.first.multiply(*normed)
+            return ffn.second.multiply(*ffn.second.round(wide, gelu=True))
         first, gelu, second = ffn
         if _is_plain(first, normed) and normed.is_cuda and gelu.approximate == "tanh":
             # The product's own epilogue, which on CUDA is the tanh form.
@@ -142,7 +143,7 @@ class FusedBlocks:
     def _linear(self, linear: nn.Module, x: Normed) -> Tensor:
         if not isinstance(linear, EightBitLinear):
             return linear(x)
-        return linear.multiply(*(x if isinstance(x, tuple) else self._round(x)))
+        return linear.multiply(*(x if isinstance(x, tuple) else linear.round(x)))
 
 
 def blocks_obstacle(blocks: Sequence[nn.Module]) -> str | None:
