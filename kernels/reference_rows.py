@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .checks import check_eight_bit, check_rows, check_sums
 
 Rounded = tuple[Tensor, Tensor]
-"""Eight-bit numbers [N, C], and a float32 scale for each row, [N, 1]: number x scale is the value."""
+"""Eight-bit numbers [N, C] and one float32 scale a row, [N, 1]; number x scale is the value."""
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """Types that rows are rounded to, and what the largest number of a row becomes."""

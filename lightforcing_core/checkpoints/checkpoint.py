@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,6 +103,7 @@ class Checkpoint:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         loras: Sequence[tuple[Lora, float]] = (),
+        as_stored: Collection[str] = (),
         on_progress: Progress = lambda done, total: None,
     ) -> dict[str, Tensor]:
         """All parameters, each straight to its device and type; call `check_whole` before.
@@ -113,6 +114,7 @@ class Checkpoint:
             device: where to.
             dtype: None keeps each tensor's own; eight-bit ones become bfloat16.
             loras: with strengths, added in float32.
+            as_stored: names of eight-bit weights that stay numbers without their scale.
             on_progress: told how many of the file's bytes are done.
 
         Raises:
@@ -126,8 +128,12 @@ class Checkpoint:
         result = {}
         ranges: list[tuple[Tensor, Tensor]] = []
         for name in self.shapes:
-            result[name] = self._parameter(name, torch.device(device), dtype, loras)
-            ranges.append(torch.aminmax(result[name]))
+            if name in as_stored:
+                result[name] = stored[name].to(device)
+                ranges.append(_range(result[name], self.scale(name)))
+            else:
+                result[name] = self._parameter(name, torch.device(device), dtype, loras)
+                ranges.append(torch.aminmax(result[name]))
             done += stored[name].nbytes
             on_progress(done, total)
         # Asked at the end, and together: on a GPU every answer waits for the device.
@@ -135,6 +141,23 @@ class Checkpoint:
             if not right:
                 raise UserError(f"{self.path}: {self._not_finite(name, result[name].dtype, loras)}")
         return result
+
+    def stored_as(
+        self, numbers: torch.dtype, layers: Sequence[str], loras: Sequence[tuple[Lora, float]] = ()
+    ) -> list[str]:
+        """Which of every block's layers have weights of these numbers, and no LoRA to be added."""
+        stored = self.recognised.weights.tensors
+        names = [f"blocks.{i}.{name}" for i in range(self.config.num_layers) for name in layers]
+        updated = {name for lora, _ in loras for name in lora.updates}
+        return [
+            name
+            for name in names
+            if stored[f"{name}.weight"].dtype == numbers and f"{name}.weight" not in updated
+        ]
+
+    def scale(self, name: str) -> Tensor:
+        """What the numbers of a weight are multiplied with: one, or one for each output."""
+        return self.recognised.weights.scales.get(name, torch.ones(()))
 
     def _parameter(
         self,
@@ -255,6 +278,15 @@ def are_finite(ranges: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
     return are_finite([torch.aminmax(tensor)])[0]
+
+
+def _range(numbers: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Finite only if number x scale is, everywhere; of a type that `are_finite` compares."""
+    low, high = torch.aminmax(scale.to(numbers.device).float())
+    if numbers.is_floating_point():  # int8 is always finite
+        least, most = torch.aminmax(numbers.to(torch.bfloat16))
+        low, high = low + 0 * least, high + 0 * most
+    return low, high
 
 
 def parameter_shapes(config: WanConfig) -> dict[str, torch.Size]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from ..fast.linears import EIGHT_BIT_LAYERS, EightBitLinear, with_eight_bit_linears
 from ..wan.config import WanConfig
 from ..wan.modules import WanModel
-from .checkpoint import Checkpoint, Progress, open_checkpoint, some
+from .checkpoint import WIDENED, Checkpoint, Progress, open_checkpoint, some
 from .lora import Lora, check_loras
 from .presets import Preset
 
@@ -71,15 +72,37 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     loras: Sequence[tuple[Lora, float]] = (),
+    eight_bit: torch.dtype | None = None,
     on_progress: Progress = lambda done, total: None,
 ) -> LoadedModel:
-    """`load_model` for a checkpoint that is open already."""
+    """`load_model` for a checkpoint that is open already.
+
+    Args:
+        eight_bit: numbers that the blocks' linear layers are to be of (`fast.linears`). Layers that
+            the file holds in such numbers, and to which no LoRA is added, keep theirs; the others
+            are rounded. None: eight-bit weights are widened.
+    """
     checkpoint.check_whole()
     _report(checkpoint)
-    state = checkpoint.read(device=device, dtype=dtype, loras=loras, on_progress=on_progress)
+    kept = checkpoint.stored_as(eight_bit, EIGHT_BIT_LAYERS, loras) if eight_bit else []
+    state = checkpoint.read(
+        device=device,
+        dtype=dtype,
+        loras=loras,
+        as_stored={f"{name}.weight" for name in kept},
+        on_progress=on_progress,
+    )
     with torch.device("meta"):
         tree = WanModel(checkpoint.config)
+    for name in kept:
+        weight, bias = (state.pop(f"{name}.{part}") for part in ("weight", "bias"))
+        scale = checkpoint.scale(f"{name}.weight")
+        tree.set_submodule(name, EightBitLinear.of(weight, scale, bias, dtype or WIDENED))
     tree.load_state_dict(state, assign=True)
+    if eight_bit is not None:
+        with_eight_bit_linears(tree, eight_bit, replace=True)
+        of_blocks = checkpoint.config.num_layers * len(EIGHT_BIT_LAYERS)
+        log.info("eight-bit layers: %d of %d as the file has them", len(kept), of_blocks)
     return LoadedModel(
         tree.requires_grad_(False).eval(),
         checkpoint.config,
