@@ -65,13 +65,23 @@ class _Name(NamedTuple):
 class ForwardEngine:
     """Stands in for `wan_forward` in a rollout."""
 
-    def __init__(self, tree: nn.Module, *, graphs: bool = True, keep: bool = False) -> None:
+    def __init__(
+        self,
+        tree: nn.Module,
+        *,
+        graphs: bool = True,
+        keep: bool = False,
+        seen: set[Hashable] | None = None,
+    ) -> None:
         """
         Args:
             tree: Wan-shaped module tree, resident on a GPU.
             graphs: record sparse forwards. Without a CUDA device nothing is recorded.
             keep: hold the cache and the recordings from one video to the next; `release` frees
                 them.
+            seen: kinds of forwards that engines before this one have run, in the same process for
+                the same model; this one adds its own. They need not be run before they are
+                recorded.
         """
         self.tree = tree
         self._keep = keep
@@ -81,7 +91,7 @@ class ForwardEngine:
         device = tree.patch_embedding.weight.device
         self._graphs = graphs and device.type == "cuda"
         self._blocks = FusedBlocks(fused_operations(device))
-        self._seen: set[Hashable] = set()
+        self._seen: set[Hashable] = set() if seen is None else seen
         self._recordings: dict[_Name, _Recording] = {}
         self._pool: tuple[int, int] | None = None
         self._is_running = False
@@ -113,8 +123,13 @@ class ForwardEngine:
 
     def release(self) -> None:
         """Free what is held between videos."""
+        self.forget_recordings()
+        self._kept = self._text = self._text_from = None
+
+    def forget_recordings(self) -> None:
+        """Weights have moved: what was recorded names where they were."""
         self._recordings.clear()
-        self._kept = self._text = self._text_from = self._pool = None
+        self._pool = None
 
     def attention(
         self,
@@ -130,7 +145,7 @@ class ForwardEngine:
             RuntimeError: another video of this engine is not over.
         """
         blocks = settings.query_block_tokens, settings.token_order
-        kind = spec, blocks, backend.name, str(device)
+        kind = spec, blocks, backend.name, str(device), torch.is_inference_mode_enabled()
         kept = self._take_kept(kind)
         if kept is not None:
             assert isinstance(kept, FastSparseAttention)
@@ -148,7 +163,7 @@ class ForwardEngine:
         Raises:
             RuntimeError: another video of this engine is not over.
         """
-        kind = spec, "dense", str(device)
+        kind = spec, "dense", str(device), torch.is_inference_mode_enabled()
         kept = self._take_kept(kind)
         if kept is not None:
             assert isinstance(kept, FastDenseAttention)
@@ -160,7 +175,10 @@ class ForwardEngine:
         return attend
 
     def _take_kept(self, kind: Hashable) -> FastAttention | None:
-        """What the last video left, if it is of this kind; else nothing is left."""
+        """What the last video left, if it is of this kind; else nothing is left.
+
+        What was made in inference mode cannot be written outside of it.
+        """
         self._refuse_second_video()
         if self._kept is not None and self._kept[0] == kind:
             return self._kept[1]
@@ -243,8 +261,7 @@ class ForwardEngine:
     def _held_text(self, text: TextContext) -> TextContext:
         """The prompt at the addresses that recordings name."""
         if self._text is None or self._text.keys[0].shape != text.keys[0].shape:
-            self._recordings.clear()
-            self._pool = None
+            self.forget_recordings()
             self._text = TextContext(
                 tuple(x.clone() for x in text.keys), tuple(x.clone() for x in text.values)
             )

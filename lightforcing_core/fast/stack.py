@@ -178,7 +178,9 @@ def _is_plain(linear: nn.Module, x: Normed) -> bool:
     if not isinstance(linear, nn.Linear) or not isinstance(x, Tensor) or linear.bias is None:
         return False
     is_hooked = linear._forward_hooks or linear._forward_pre_hooks
-    is_cast = getattr(linear, "comfy_cast_weights", False)
+    is_cast = getattr(linear, "comfy_cast_weights", False) or any(
+        getattr(linear, name, None) for name in ("weight_function", "bias_function")
+    )
     tensors = linear.weight, linear.bias
     return (
         not is_hooked
