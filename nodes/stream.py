@@ -27,7 +27,7 @@ from ..lightforcing_core.video_io import VideoWriter, frames_to_uint8
 from .adapter.noise_levels import noise_levels
 from .adapter.sampler import RunInfo, RunWatcher, sample_chunks
 from .adapter.video_vae import as_image, streaming_vae
-from .chunk_sampler import chunk_inputs, chunk_settings
+from .chunk_sampler import chunk_inputs, chunk_settings, speed_input
 from .following import FRAME_RATE, followed
 from .live import LiveRun
 from .schema import check_choices, node_schema
@@ -132,6 +132,7 @@ class StreamVideo(io.ComfyNode):
                     tooltip="Keep which blocks every query saw, for Sparsity Map. Costs a little "
                     "time and memory, about 2 MB a chunk for a 1.3B model at 832x480.",
                 ),
+                speed_input(),
             ],
             outputs=[
                 io.Video.Output(display_name="VIDEO"),
@@ -147,8 +148,8 @@ class StreamVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, noise_rule: str | None = None) -> bool | str:
-        return check_choices(cls, noise_rule=noise_rule)
+    def validate_inputs(cls, noise_rule: str | None = None, speed: str | None = None) -> bool | str:
+        return check_choices(cls, noise_rule=noise_rule, speed=speed)
 
     @classmethod
     def execute(

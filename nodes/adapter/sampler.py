@@ -35,7 +35,8 @@ from ...lightforcing_core.schedule import Timeline
 from ...lightforcing_core.sparse_settings import SparseSettings
 from ...lightforcing_core.timesteps import TRAIN_TIMESTEPS
 from .chunk_run import ChunkRun, StepCallback
-from .memory import reserve
+from .engine import SPEEDS, eight_bit_bytes, run_engine
+from .memory import chunk_bytes, reserve
 from .options import SparseChoice, facts_of, sparse_of
 from .wan_tree import compute_dtype, wan_tree
 
@@ -51,6 +52,7 @@ class ChunkSettings:
             history.
         first_chunk_sigmas: noise levels of the first chunk when it has its own, ending at 0.
         noise: one of NOISE_RULES.
+        speed: one of SPEEDS: what runs the forwards.
         initial_latent: what the video begins with, as VAE Encode makes it (not normalised),
             [B, 16, n, h, w]; the sampled video holds it in its first n frames.
     """
@@ -60,11 +62,14 @@ class ChunkSettings:
     sink_frames: int | None = None
     first_chunk_sigmas: tuple[float, ...] | None = None
     noise: str = "seeded"
+    speed: str = "auto"
     initial_latent: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.noise not in NOISE_RULES:
             raise UserError(f"no noise rule '{self.noise}'; choose one of {', '.join(NOISE_RULES)}")
+        if self.speed not in SPEEDS:
+            raise UserError(f"no speed '{self.speed}'; choose one of {', '.join(SPEEDS)}")
 
 
 @dataclass(frozen=True)
@@ -191,13 +196,20 @@ class ChunkSampler(comfy.samplers.Sampler):
             dtype=dtype,
             given_frames=given_frames,
         )
-        reserve(
+        forward_bytes = chunk_bytes(patcher, noise.shape, settings.frames_per_chunk)
+        needed = spec.total_bytes + forward_bytes + self.also_bytes
+        with_engine = needed + forward_bytes  # recordings keep what a forward takes to themselves
+        if self.settings.speed == "fp8":
+            with_engine += eight_bit_bytes(tree)
+        is_chosen = self.settings.speed in ("fast", "fp8")
+        reserve(patcher, with_engine if is_chosen else needed, self.also_load)
+        engine = run_engine(
             patcher,
-            spec.total_bytes,
-            noise.shape,
-            settings.frames_per_chunk,
-            self.also_load,
-            self.also_bytes,
+            tree,
+            dtype,
+            self.settings.speed,
+            needed_bytes=with_engine,
+            kind=_launch_kind(spec, settings.sparse),
         )
         source = self._noise(settings, noise, extra_args.get("seed"), given_frames)
         if sigmas[0] < 1 and latent_image is not None:
@@ -215,6 +227,7 @@ class ChunkSampler(comfy.samplers.Sampler):
                 source,
                 given_latents=given,
                 dtype=dtype,
+                engine=engine,
                 host=run,
                 sparse_for_chunk=watcher.settings_for_chunk if settings.sparse else None,
             )
@@ -301,6 +314,14 @@ def steps_of(sigmas: Sequence[float], name: str) -> tuple[float, ...]:
             "use BasicScheduler with 'simple' and denoise 1.0"
         )
     return tuple(TRAIN_TIMESTEPS * value for value in values[:-1])
+
+
+def _launch_kind(spec: CacheSpec, sparse: SparseSettings | None) -> tuple[object, ...]:
+    """What runs have in common that launch the same kernels."""
+    if sparse is None:
+        return (spec,)
+    blocks = sparse.query_block_tokens, sparse.token_order, sparse.backend, sparse.qk_precision
+    return (spec, *blocks)
 
 
 def _steps(settings: RolloutSettings, lengths: Sequence[int]) -> int:

@@ -11,6 +11,7 @@ import gc
 import importlib
 import os
 import sys
+import weakref
 from pathlib import Path
 
 TREE, BASE = os.environ["COMFYUI_PATH"], Path(os.environ["COMFY_BASE"])
@@ -24,6 +25,8 @@ importlib.import_module("utils.extra_config")  # first, or `utils` becomes anoth
 host_nodes = importlib.import_module("nodes")
 
 import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.ops  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import pytest  # noqa: E402
@@ -43,6 +46,7 @@ def ours(name: str):
 
 sampling = ours("nodes.adapter.sampler")
 options = ours("nodes.adapter.options")
+engines = ours("nodes.adapter.engine")
 patching = ours("nodes.adapter.patching")
 sparse_node = ours("nodes.sparse_attention")
 core = ours("lightforcing_core.rollout")
@@ -294,6 +298,286 @@ def test_a_failed_run_frees_its_memory(model, prompt):
     with pytest.raises(RuntimeError, match="disk full"):
         sample(model, prompt, callback=fail)
     assert caches_alive() == 0
+
+
+# ---- the fast engine
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Every run gets the engine, which on the CPU takes the reference operations; a list of weak
+    references to those engines."""
+    made = []
+
+    def engine(patcher, tree, dtype, speed, **more):
+        engine = engines.HostedEngine(patcher, tree, dtype)
+        made.append(weakref.ref(engine))
+        return engine
+
+    monkeypatch.setattr(sampling, "run_engine", engine)
+    return made
+
+
+def alive(references) -> int:
+    gc.collect()
+    return sum(reference() is not None for reference in references)
+
+
+def test_the_engine_makes_the_same_video(model, prompt, loaded, monkeypatch, request):
+    """In float32, where it sums in another order only; a prompt that changes and a beginning too.
+
+    Sixteen forwards of four layers amplify a rounding of 6e-8 to about 1e-5.
+    """
+    clip = loaded[1]
+    schedule = run_node("PromptSchedule", clip=clip, prompts=f"0: {PROMPT}\n1: a green sea")[0]
+    start = {"samples": model.model.process_latent_out(sample(model, prompt, frames=3))}["samples"]
+    cases = (
+        (model, prompt, {}),
+        (with_sparsity(model), prompt, {}),
+        (with_sparsity(model), schedule, {"frames": 12}),
+        (with_sparsity(model), prompt, {"window_frames": 6, "sink_frames": 1}),
+        (model, prompt, {"initial_latent": start}),
+    )
+    plain = [sample(used, text, **own) for used, text, own in cases]
+    made = request.getfixturevalue("fused")
+    for expected, (used, text, own) in zip(plain, cases, strict=True):
+        assert 0 < error(sample(used, text, **own), expected) < 1e-4
+    assert len(made) == len(cases) and alive(made) == 0 and caches_alive() == 0
+
+
+@pytest.mark.parametrize("modes", [(True, True), (True, False), (False, True)])
+def test_an_engine_may_be_used_in_inference_mode_and_outside(model, prompt, modes):
+    """Nodes run in inference mode, whose tensors cannot be written outside of it."""
+    tree = model.model.diffusion_model
+    sparse = options.sparse_of(with_sparsity(model).model_options["transformer_options"]).settings
+    steps = tuple(1000 * float(s) for s in sigmas_of(model)[:-1])
+    for settings in (sparse, None):
+        expected = engine(model, prompt, sparse=settings, frames=6)
+        for keep in (False, True):
+            fast = ours("lightforcing_core.fast.engine").ForwardEngine(tree, keep=keep)
+            for mode in modes:
+                with torch.inference_mode(mode):
+                    text = ours("lightforcing_core.wan.forward").prepare_text(
+                        tree, prompt[0][0].float()
+                    )
+                    noise = ours("lightforcing_core.noise").SeededNoise(0, (1, 16, *LATENT))
+                    run = core.RolloutSettings(6, 3, steps, sparse=settings)
+                    chunks = core.rollout(tree, run, text, noise, engine=fast)
+                    latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
+                assert error(latents, expected) < 1e-4
+            fast.release()
+
+
+def test_the_engine_runs_in_inference_mode_like_a_node(model, prompt, fused):
+    outside = sample(with_sparsity(model), prompt)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.equal(sample(with_sparsity(model), prompt), outside)
+    assert torch.equal(sample(with_sparsity(model), prompt), outside)
+
+
+def test_sliders_act_under_the_engine(model, prompt, request):
+    """Other sparsity, dense, and sparse again, from the next chunk on."""
+    answers = {2: settings_of(target_sparsity=0.3, base_sparsity=0.5), 3: None}
+    before, after = Watcher(answers), Watcher(answers)
+    expected = sample(with_sparsity(model), prompt, frames=15, watch=before)
+    request.getfixturevalue("fused")
+    assert error(sample(with_sparsity(model), prompt, frames=15, watch=after), expected) < 1e-3
+    densities = [[c.statistics.density for c in w.done] for w in (before, after)]
+    assert densities[0] == pytest.approx(densities[1]) and densities[1][3] == 1
+    assert 0 < densities[1][1] < densities[1][2] < 1
+
+
+@pytest.mark.parametrize("what", ["interrupt", "error", "memory"])
+def test_a_run_that_ends_early_releases_the_engine(model, prompt, fused, what):
+    def stop(done, clean, noisy, total):
+        if done < 5:
+            return
+        if what == "interrupt":
+            comfy.model_management.interrupt_current_processing()
+        else:
+            raise {"error": RuntimeError, "memory": torch.OutOfMemoryError}[what]("no more")
+
+    kinds = (Interrupted, RuntimeError, torch.OutOfMemoryError)
+    for used in (model, with_sparsity(model)):
+        with pytest.raises(kinds):
+            sample(used, prompt, callback=stop)
+    assert len(fused) == 2 and alive(fused) == 0 and caches_alive() == 0
+    assert error(sample(model, prompt), engine(model, prompt)) < 1e-4
+
+
+def test_weights_that_change_between_runs_are_the_next_runs(model, prompt, request):
+    """A LoRA put on, and taken off: no engine outlives its run."""
+    weight = "blocks.0.ffn.0.weight"
+    shape = dict(model.model.diffusion_model.named_parameters())[weight].shape
+    lora = {"diffusion_model.blocks.0.ffn.0.diff": 0.05 * torch.randn(shape)}
+    changed, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    expected = [sample(used, prompt) for used in (model, changed, model)]
+    request.getfixturevalue("fused")
+    for used, plain in zip((model, changed, model), expected, strict=True):
+        assert error(sample(used, prompt), plain) < 1e-4
+    assert error(expected[1], expected[0]) > 1e-2
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_weights_that_move_in_mid_run(model, prompt, fused, monkeypatch, caplog, sparse):
+    """Recordings are forgotten; while weights are away, forwards take their modules' own path.
+
+    With a plan in every pass: one for the whole chunk is chosen anew where the path changes.
+    """
+    used = with_sparsity(model, plan="every pass") if sparse else model
+    expected = sample(used, prompt, frames=12)
+    parameters = dict(model.model.diffusion_model.named_parameters())
+    forgotten, done = [], []
+    forget = engines.HostedEngine.forget_recordings
+    monkeypatch.setattr(
+        engines.HostedEngine,
+        "forget_recordings",
+        lambda self: (forgotten.append(len(done)), forget(self))[1],
+    )
+    away = []
+    monkeypatch.setattr(
+        engines,
+        "weights_obstacles",
+        lambda *args: ["1 of 2 weights are not on cuda:0"] if away else [],
+    )
+
+    def move(step, clean, noisy, total):
+        done.append(step)
+        if step in (5, 9):
+            away[:] = [True] if step == 5 else []
+            for parameter in parameters.values():
+                parameter.data = parameter.data.clone()
+
+    caplog.set_level("INFO")
+    moved = sample(used, prompt, frames=12, callback=move)
+    assert error(moved, expected) < 1e-4 and not torch.equal(moved, expected)
+    assert [at for at in forgotten if 0 < at < 16] == [6, 10]  # others: begin and end of the run
+    assert "forwards as they stand from here on: 1 of 2 weights are not on cuda:0" in caplog.text
+
+
+def comfy_wan(operations, dtype):
+    """A small model of ComfyUI's own class with its own layers, in a model patcher."""
+    wan = importlib.import_module("comfy.ldm.wan.model").WanModel
+    torch.manual_seed(0)
+    sizes = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2, "text_dim": 64}
+    tree = wan(model_type="t2v", **sizes, dtype=dtype, device="cpu", operations=operations)
+    for parameter in tree.parameters():
+        parameter.data.normal_(std=0.02)
+    cpu = torch.device("cpu")
+    outer = torch.nn.Module()
+    outer.diffusion_model = tree
+    return comfy.model_patcher.ModelPatcher(outer, load_device=cpu, offload_device=cpu), tree
+
+
+def test_what_is_in_the_way_of_the_engine():
+    """On ComfyUI's own modules, each state that its memory management brings about."""
+    ops, bf16 = comfy.ops.disable_weight_init, torch.bfloat16
+    patcher, tree = comfy_wan(ops, bf16)
+    assert engines.weights_obstacles(patcher, tree, bf16) == []
+    assert engines.eight_bit_bytes(tree) > 2 * 6 * 256 * 256 + 2 * 2 * 256 * 512
+    on_cpu = engines.engine_obstacles(patcher, tree, bf16, eight_bit=True)
+    assert len(on_cpu) == 2 and all("CUDA device" in reason for reason in on_cpu)
+
+    # ComfyUI keeps the patch embedding in float32, which is no obstacle; other types are.
+    assert tree.patch_embedding.weight.dtype == torch.float32
+    (reason,) = engines.weights_obstacles(patcher, tree, torch.float16)
+    assert "are stored in another type than float16" in reason and "blocks.0" in reason
+
+    patcher.load_device = torch.device("cuda:0")
+    (reason,) = engines.weights_obstacles(patcher, tree, bf16)
+    assert "weights are not on cuda:0 (offloaded)" in reason
+    patcher.load_device = torch.device("cpu")
+
+    layer = tree.blocks[1].ffn[0]
+    for name in ("weight_function", "bias_function"):
+        setattr(layer, name, [lambda weight: weight])
+        (reason,) = engines.weights_obstacles(patcher, tree, bf16)
+        assert "1 layers have patches (LoRA)" in reason and "blocks.1.ffn.0" in reason
+        delattr(layer, name)
+
+    layer.forward = layer.forward
+    (reason,) = engines.weights_obstacles(patcher, tree, bf16)
+    assert "1 layers were replaced" in reason
+    del layer.forward
+    handle = layer.register_forward_hook(lambda *_: None)
+    (reason,) = engines.weights_obstacles(patcher, tree, bf16)
+    assert "1 layers have hooks" in reason
+    handle.remove()
+    layer.weight = torch.nn.Parameter(
+        torch.nn.Buffer(layer.weight.data).as_subclass(type("Packed", (torch.Tensor,), {})), False
+    )
+    (reason,) = engines.weights_obstacles(patcher, tree, bf16)
+    assert "1 layers have weights of a format of their own" in reason
+
+    patcher.is_dynamic = lambda: True
+    (reason,) = engines.weights_obstacles(patcher, tree, bf16)
+    assert "--disable-dynamic-vram" in reason
+
+
+def test_weights_that_are_widened_for_computing_go_through_their_modules():
+    eight = torch.float8_e4m3fn
+    tree = comfy_wan(comfy.ops.manual_cast, torch.float32)[1].to(eight)
+    patcher = comfy_wan(comfy.ops.manual_cast, torch.float32)[0]
+    (reason,) = engines.weights_obstacles(patcher, tree, torch.bfloat16)
+    assert "are stored in another type than bfloat16" in reason
+
+
+def test_partly_loaded_and_patched_models_as_comfyui_makes_them():
+    """Low memory leaves LoRAs to be computed at each call; full loading puts them into weights."""
+    patcher, tree = comfy_wan(comfy.ops.disable_weight_init, torch.bfloat16)
+    key = "diffusion_model.blocks.0.self_attn.q.weight"
+    shape = tree.blocks[0].self_attn.q.weight.shape
+    patcher.add_patches({key: ("diff", (torch.ones(shape),))})
+    patcher.load(torch.device("cpu"), lowvram_model_memory=1)
+    reasons = engines.weights_obstacles(patcher, tree, torch.bfloat16)
+    assert any("1 layers have patches (LoRA)" in reason for reason in reasons)
+    patcher.unpatch_model(torch.device("cpu"))
+    patcher.patch_model(torch.device("cpu"))
+    assert patcher.backup and engines.weights_obstacles(patcher, tree, torch.bfloat16) == []
+
+
+def test_a_chosen_speed_that_cannot_be_had_says_every_reason(model, prompt, caplog):
+    with pytest.raises(UserError, match="the speed 'fast' cannot be used: the kernels need a CUDA"):
+        sample(model, prompt, speed="fast")
+    with pytest.raises(UserError, match=r"the kernels need .*; of eight-bit layers, they need a"):
+        sample(model, prompt, speed="fp8")
+    assert caches_alive() == 0
+    with pytest.raises(UserError, match="no speed 'warp'; choose one of auto, plain, fast, fp8"):
+        sample(model, prompt, speed="warp")
+    plain = sample(model, prompt, speed="plain")
+    engines._told.clear()
+    caplog.set_level("INFO")
+    for _ in range(2):
+        assert torch.equal(sample(model, prompt, speed="auto"), plain)
+    assert caplog.text.count("not fused: the kernels need a CUDA device") == 1
+
+
+def test_auto_does_without_the_engine_rather_than_without_memory(model, monkeypatch, caplog):
+    monkeypatch.setattr(engines, "engine_obstacles", lambda *args, **kinds: [])
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 1 << 30)
+    caplog.set_level("INFO")
+    arguments = model, model.model.diffusion_model, torch.float32
+    engines._told.clear()
+    assert engines.run_engine(*arguments, "auto", needed_bytes=3 << 30) is None
+    assert "3.0 GiB are needed with it, 1.0 are free" in caplog.text
+    assert engines.run_engine(*arguments, "fast", needed_bytes=3 << 30) is not None
+    assert engines.run_engine(*arguments, "plain", needed_bytes=0) is None
+    first, second, other = (
+        engines.run_engine(*arguments, "auto", needed_bytes=0, kind=kind) for kind in (1, 1, 2)
+    )
+    assert first._seen is second._seen and first._seen is not other._seen
+
+
+def test_what_was_compiled_is_forgotten_with_the_model(monkeypatch):
+    monkeypatch.setattr(engines, "engine_obstacles", lambda *args, **kinds: [])
+    patcher, tree = comfy_wan(comfy.ops.disable_weight_init, torch.bfloat16)
+    before = len(engines._seen)
+    engines.run_engine(patcher, tree, torch.bfloat16, "fast", needed_bytes=0)
+    assert len(engines._seen) == before + 1
+    del patcher, tree
+    gc.collect()
+    assert len(engines._seen) == before
 
 
 # ---- watching and changing a run
@@ -837,7 +1121,8 @@ def test_making_room_for_the_cache_keeps_the_vae_that_the_run_needs(monkeypatch)
             return 100
 
     model, vae = Patcher(), Patcher()
-    memory.reserve(model, 1000, (1, 16, 21, 8, 16), 3, [vae], 20)
+    assert memory.chunk_bytes(model, (1, 16, 21, 8, 16), 3) == 100
+    memory.reserve(model, 1120, [vae])
     assert asked == [([model, vae], {"memory_required": 1120})]
 
 

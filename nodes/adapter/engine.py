@@ -1,0 +1,258 @@
+"""The core's fast engine where ComfyUI has left the weights in a state that allows it.
+
+The engine reads weights at fixed addresses and past their modules' own forwards. So it is for a
+model that lies whole on the GPU as it is computed: nothing offloaded, nothing patched or widened at
+each call. Everything else takes the modules' own path, `wan_forward` as it stands.
+
+An engine lives as long as its run, and so does what it holds: recordings, cache, eight-bit copies.
+Only the knowledge of what has been compiled stays with the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ...lightforcing_core.errors import UserError
+from ...lightforcing_core.fast.engine import ForwardEngine
+from ...lightforcing_core.fast.linears import eight_bit_obstacle, with_eight_bit_linears
+from ...lightforcing_core.fast.operations import fused_obstacles
+from ...lightforcing_core.fast.stack import blocks_obstacle
+from ...lightforcing_core.memory import GIB
+from ...lightforcing_core.wan.forward import (
+    PositionTable,
+    SelfAttend,
+    TextContext,
+    wan_forward,
+)
+
+log = logging.getLogger("lightforcing")
+
+SPEEDS = ("auto", "plain", "fast", "fp8")
+"""auto: fast where nothing is in its way, else plain; the others as for the core's engine."""
+
+_told: set[str] = set()
+_seen: WeakKeyDictionary[Any, dict[Hashable, set[Hashable]]] = WeakKeyDictionary()
+
+
+class HostedEngine(ForwardEngine):
+    """A `ForwardEngine` over weights that ComfyUI may move while it runs.
+
+    When they have moved, its recordings are forgotten; while something is in its way, forwards
+    take the modules' own path, with the same cache.
+    """
+
+    def __init__(
+        self,
+        patcher: ModelPatcher,
+        tree: nn.Module,
+        dtype: torch.dtype,
+        *,
+        eight_bit: bool = False,
+        seen: set[Hashable] | None = None,
+    ) -> None:
+        """
+        Args:
+            patcher: the MODEL.
+            tree: of its weights.
+            dtype: of the forwards.
+            eight_bit: exchange the linear layers of the blocks for copies in eight bits.
+            seen: as for `ForwardEngine`.
+        """
+        super().__init__(with_eight_bit_linears(tree) if eight_bit else tree, seen=seen)
+        self._patcher, self._host_tree, self._dtype = patcher, tree, dtype
+        self._slots = [
+            (module._parameters, name)
+            for module in tree.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self._addresses = self._find_addresses()
+        self._is_plain = False
+
+    def __call__(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        frame_indices: Sequence[int],
+        text: TextContext,
+        attend: SelfAttend,
+        positions: PositionTable,
+    ) -> Tensor:
+        """As `ForwardEngine`."""
+        if not torch.compiler.is_compiling() and self._has_moved():
+            self.forget_recordings()
+            obstacles = weights_obstacles(self._patcher, self._host_tree, self._dtype)
+            self._is_plain = bool(obstacles)
+            if obstacles:
+                log.warning("forwards as they stand from here on: %s", "; ".join(obstacles))
+        # A compiled MODEL cannot record graphs of its own within.
+        if self._is_plain or torch.compiler.is_compiling():
+            return wan_forward(
+                self._host_tree, x, timesteps, frame_indices, text, attend, positions
+            )
+        return super().__call__(x, timesteps, frame_indices, text, attend, positions)
+
+    def _has_moved(self) -> bool:
+        """Whether weights have changed places since this was last asked."""
+        addresses = self._find_addresses()
+        moved = addresses != self._addresses
+        self._addresses = addresses
+        return moved
+
+    def _find_addresses(self) -> list[int]:
+        return [parameters[name].data_ptr() for parameters, name in self._slots]
+
+
+def run_engine(
+    patcher: ModelPatcher,
+    tree: nn.Module,
+    dtype: torch.dtype,
+    speed: str,
+    *,
+    needed_bytes: int,
+    kind: Hashable = None,
+) -> ForwardEngine | None:
+    """The engine of a run that is about to begin; None: forwards as they stand.
+
+    Args:
+        patcher: the MODEL, loaded, and room made for the run.
+        tree: of its weights.
+        dtype: of the forwards.
+        speed: one of SPEEDS.
+        needed_bytes: what the run needs with an engine; auto does without one rather than without
+            memory.
+        kind: what runs have in common that launch the same kernels.
+
+    Raises:
+        UserError: a speed that was chosen and cannot be had; lists every reason.
+    """
+    if speed == "plain":
+        return None
+    obstacles = engine_obstacles(patcher, tree, dtype, eight_bit=speed == "fp8")
+    if speed == "auto" and not obstacles:
+        free = comfy.model_management.get_free_memory(patcher.load_device)
+        if free < needed_bytes:
+            obstacles.append(
+                f"{needed_bytes / GIB:.1f} GiB are needed with it, {free / GIB:.1f} are free"
+            )
+    if obstacles:
+        if speed != "auto":
+            raise UserError(
+                f"the speed '{speed}' cannot be used: {'; '.join(obstacles)}; choose auto or plain"
+            )
+        _tell_once(f"forwards as they stand, not fused: {'; '.join(obstacles)}")
+        return None
+    seen = _seen.setdefault(patcher.model, {}).setdefault((speed == "fp8", dtype, kind), set())
+    return HostedEngine(patcher, tree, dtype, eight_bit=speed == "fp8", seen=seen)
+
+
+def engine_obstacles(
+    patcher: ModelPatcher, tree: nn.Module, dtype: torch.dtype, *, eight_bit: bool = False
+) -> list[str]:
+    """Why a MODEL that has been loaded cannot be run by the engine; empty: it can."""
+    device = patcher.load_device
+    obstacles = fused_obstacles(device, dtype)
+    if (unlike := blocks_obstacle(tree.blocks)) is not None:
+        obstacles.append(unlike)
+    obstacles += weights_obstacles(patcher, tree, dtype)
+    if eight_bit and (unable := eight_bit_obstacle(device, dtype)) is not None:
+        obstacles.append(f"of eight-bit layers, {unable}")
+    return obstacles
+
+
+def weights_obstacles(patcher: ModelPatcher, tree: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Why weights must go through their modules; empty: they lie there as they are computed."""
+    device = patcher.load_device
+    is_dynamic = getattr(patcher, "is_dynamic", None)
+    if is_dynamic is not None and is_dynamic():
+        return [
+            "ComfyUI brings this model's weights as they are needed (dynamic VRAM); to keep them "
+            "on the GPU, start it with --disable-dynamic-vram"
+        ]
+    obstacles = []
+    parameters = dict(tree.named_parameters())
+    away = [name for name, p in parameters.items() if not _is_on(p, device)]
+    if away:
+        obstacles.append(
+            f"{len(away)} of {len(parameters)} weights are not on {device} (offloaded), the first "
+            f"is {away[0]}; free memory, or choose a shorter window or a smaller video"
+        )
+    pending = [
+        name
+        for name, module in tree.named_modules()
+        if getattr(module, "weight_function", None) or getattr(module, "bias_function", None)
+    ]
+    if pending:
+        obstacles.append(
+            f"{len(pending)} layers have patches (LoRA) that are computed at each call, the first "
+            f"is {pending[0]}"
+        )
+    if getattr(patcher, "hook_patches", None):
+        obstacles.append("hooks change weights while the run goes on")
+    return obstacles + _layer_obstacles(tree, dtype)
+
+
+def _layer_obstacles(tree: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Of the layers that the engine reads past their own forward."""
+    unlike, special, replaced, heard = [], [], [], []
+    for name, layer in _layers(tree):
+        parameters = [p for p in layer._parameters.values() if p is not None]
+        if any(type(p) not in (Tensor, nn.Parameter) for p in parameters):
+            special.append(name)
+        elif any(p.dtype != dtype for p in parameters):
+            unlike.append(name)
+        if "forward" in vars(layer):
+            replaced.append(name)
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            heard.append(name)
+    computed = str(dtype).removeprefix("torch.")
+    found = {
+        f"are stored in another type than {computed}, which they are computed in": unlike,
+        "have weights of a format of their own": special,
+        "were replaced by another node": replaced,
+        "have hooks of another node": heard,
+    }
+    return [
+        f"{len(names)} layers {what}, the first is {names[0]}"
+        for what, names in found.items()
+        if names
+    ]
+
+
+def _layers(tree: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in tree.blocks.named_modules(prefix="blocks"):
+        if next(module.children(), None) is None:
+            yield name, module
+
+
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    here = tensor.device
+    if here.type != device.type:
+        return False
+    return device.index is None or here.index is None or here.index == device.index
+
+
+def eight_bit_bytes(tree: nn.Module) -> int:
+    """What the eight-bit copies of a tree's layers take."""
+    total = 0
+    for block in tree.blocks:
+        own, cross = block.self_attn, block.cross_attn
+        copied = (own.q, own.k, own.v, own.o, cross.q, cross.o, block.ffn[0], block.ffn[2])
+        for linear in copied:
+            wide, narrow = linear.weight.shape
+            total += wide * narrow + 6 * wide  # and scale and bias of each output
+    return total
+
+
+def _tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        log.info(message)
