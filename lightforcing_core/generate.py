@@ -22,17 +22,19 @@ from .embedded import EMBEDDED_MODEL, EMBEDDED_VAE
 from .errors import Cancelled, UserError
 from .fast.decode import ChunkDecoder
 from .fast.engine import ForwardEngine, engine_for
+from .fast.linears import EIGHT_BIT_SPEEDS
 from .layout import FrameSize
-from .memory import usable_device
+from .memory import GIB, usable_device
 from .noise import SeededNoise, check_seed
 from .outputs import check_output
+from .presets import eight_bit_obstacles
 from .request import GenerateRequest, check_cache, frames_to_generate, settings_for
 from .rollout import ChunkStatistics, rollout
 from .rollout_settings import RolloutSettings
 from .text.load import load_text_encoder
 from .timesteps import check_steps
 from .vae.load import load_vae
-from .vae.streaming import VideoVAE
+from .vae.streaming import DEFAULT_LATENTS_PER_PASS, VideoVAE
 from .video_io import VideoWriter, load_image
 from .wan.forward import TextContext, prepare_text
 
@@ -66,7 +68,14 @@ class ChunkReport:
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """A finished video; `seconds` is sampling and decoding without loading."""
+    """A finished video.
+
+    Attributes:
+        seconds: sampling and decoding without loading.
+        preset: that options were taken from.
+        peak_allocated_gib, peak_reserved_gib: most GPU memory that tensors took, and that torch
+            held for them, from when the text encoder was gone; None on the CPU.
+    """
 
     out: Path
     frames: int
@@ -78,6 +87,9 @@ class GenerateResult:
     device: str
     dtype: torch.dtype
     settings: RolloutSettings
+    preset: str | None = None
+    peak_allocated_gib: float | None = None
+    peak_reserved_gib: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -92,6 +104,9 @@ class GenerateResult:
             "frames_per_second": self.frames / self.seconds,
             "device": self.device,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "preset": self.preset,
+            "peak_allocated_gib": self.peak_allocated_gib,
+            "peak_reserved_gib": self.peak_reserved_gib,
             "settings": asdict(self.settings),
             "chunks": [chunk.to_dict() for chunk in self.chunks],
         }
@@ -118,7 +133,7 @@ def generate(
         Cancelled: `should_stop` said so; the frames so far stay in a file that says so.
     """
     _check(request)
-    device, dtype = _placement(request)
+    device, dtype = placement(request.device, request.dtype)
     try:
         return _generate(request, device, dtype, on_load, on_chunk, should_stop)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -133,7 +148,7 @@ def generate(
 def _out_of_memory(device: torch.device) -> UserError:
     return UserError(
         f"{device} ran out of memory; use a smaller --size or --window, fewer --frames, "
-        "or --dtype bfloat16"
+        "--dtype bfloat16, or --preset low-memory"
     )
 
 
@@ -157,6 +172,8 @@ def _check(request: GenerateRequest) -> None:
             f"{missing} missing: a model of your own needs its Wan 2.1 VAE (or TAEHV, LightVAE) "
             "and its UMT5 text encoder; leave --model out to use the embedded one"
         )
+    if request.decode_frames is not None and request.decode_frames < 1:
+        raise UserError(f"--decode-frames must be at least 1, got {request.decode_frames}")
     check_seed(request.seed)
     if request.frames is not None:
         frames_to_generate(request, request.frames)
@@ -189,7 +206,7 @@ def _generate(
     writer = VideoWriter(request.out, size.width, size.height, FRAME_RATE)
     try:
         with writer:
-            for frames, report in _stream(job, request.seed, should_stop):
+            for frames, report in _stream(job, request, should_stop):
                 writer.write(frames)
                 if report is not None:
                     reports.append(report)
@@ -211,7 +228,18 @@ def _generate(
         device=str(device),
         dtype=dtype,
         settings=job.settings,
+        preset=request.preset,
+        **_peak_memory(device),
     )
+
+
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {}
+    return {
+        "peak_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+    }
 
 
 def _kept(writer: VideoWriter) -> str:
@@ -235,10 +263,17 @@ class _Job:
     engine: ForwardEngine | None
 
 
-def _placement(request: GenerateRequest) -> tuple[torch.device, torch.dtype]:
-    device = usable_device(request.device)
+def placement(
+    device_name: str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """Where a request runs and in what; None: see `GenerateRequest`.
+
+    Raises:
+        UserError: the device cannot be used.
+    """
+    device = usable_device(device_name)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, request.dtype or default
+    return device, dtype or default
 
 
 def _prepare(
@@ -253,38 +288,60 @@ def _prepare(
     loras = [(load_lora(path), strength) for path, strength in request.loras]
     check_loras([lora for lora, _ in loras], checkpoint.shapes)
     settings, size = settings_for(request, checkpoint.preset)
-    check_cache(checkpoint.config, settings, size, request.given_frames, device, dtype)
+    config = checkpoint.config
+    check_cache(config, settings, size, request.given_frames, device, dtype)
+    eight_bit = EIGHT_BIT_SPEEDS.get(request.speed or "")
+    if eight_bit is not None:
+        widths = config.dim, config.ffn_dim
+        if obstacles := eight_bit_obstacles(str(request.speed), device, dtype, widths):
+            raise UserError(
+                f"the speed '{request.speed}' cannot be used: {'; '.join(obstacles)}; "
+                "choose 'plain'"
+            )
     log.info("settings: %s", settings)
     vae = load_vae(
         request.vae or EMBEDDED_VAE, device=device, dtype=dtype, latents=request.vae_latents
     )
     embeds = _encode(request, device, dtype)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     model = load_checkpoint(
-        checkpoint, device=device, dtype=dtype, loras=loras, on_progress=on_load
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        loras=loras,
+        eight_bit=eight_bit,
+        on_progress=on_load,
     )
     with torch.no_grad():
         text = prepare_text(model.tree, embeds)
     start_frame = None
     if request.start_image is not None:
         start_frame = load_image(request.start_image, size.width, size.height)[:, None]
-    engine = engine_for(model.tree, request.speed)
+    engine = engine_for(model.tree, request.speed, replace=True)
+    _free_unused(device)  # eight-bit layers leave the place of those that they were made from
     return _Job(model, vae, text, settings, size, start_frame, device, dtype, engine)
 
 
 def _encode(request: GenerateRequest, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Prompt embeddings. The encoder is gone when this returns: UMT5 is several times the size
     of the denoiser, and the two need not be in memory together."""
-    encoder = load_text_encoder(request.text_encoder, device, dtype)
+    text_device = usable_device(request.text_device) if request.text_device else device
+    encoder = load_text_encoder(request.text_encoder, text_device, dtype)
     embeds = encoder.encode(request.prompt).to(device=device, dtype=dtype)
     del encoder
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    _free_unused(device)
     return embeds
 
 
+def _free_unused(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _stream(
-    job: _Job, seed: int, should_stop: Callable[[], bool]
+    job: _Job, request: GenerateRequest, should_stop: Callable[[], bool]
 ) -> Iterator[tuple[np.ndarray, ChunkReport | None]]:
     """Frames uint8 [t, H, W, 3] on the host as they are made, with a report per chunk."""
     given = None
@@ -292,10 +349,12 @@ def _stream(
         given = job.vae.new_encoder().encode(job.start_frame.to(job.device, job.dtype))
     channels = job.model.config.in_dim
     shape = (1, channels, job.size.latent_height, job.size.latent_width)
-    noise = SeededNoise(seed, shape, job.device)
+    noise = SeededNoise(request.seed, shape, job.device)
     num_chunks = len(job.settings.chunk_lengths(0 if given is None else given.shape[2]))
     decoding_of: deque[ChunkStatistics | None] = deque()  # None: of the start picture
-    with ChunkDecoder(job.vae.new_decoder(), job.device) as decoding:
+    at_once = request.decode_frames or DEFAULT_LATENTS_PER_PASS
+    decoder = job.vae.new_decoder(latents_per_pass=at_once)
+    with ChunkDecoder(decoder, job.device) as decoding:
 
         def reported(*, wait: bool) -> Iterator[tuple[np.ndarray, ChunkReport | None]]:
             for decoded in decoding.take(wait=wait):

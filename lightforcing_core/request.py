@@ -35,7 +35,10 @@ class GenerateRequest:
         context_timestep: noise level of the clean pass, 0..1000.
         family: name of the weights' family (checkpoints.families), which suggests settings.
         loras: LoRA files and their strengths, merged into the weights.
-        speed: one of fast.engine.SPEEDS; None: graphs on a GPU, plain elsewhere.
+        speed: one of fast.engine.SPEEDS; None: fast on a GPU, plain elsewhere.
+        decode_frames: latent frames that the autoencoder decodes at a time; fewer take less memory.
+        text_device: where the text encoder runs; None: where the rest does.
+        preset: name of the bundle (`presets`) that options were taken from, for the report.
         device, dtype: default to CUDA and bf16 where there is a GPU, else CPU and float32.
     """
 
@@ -60,6 +63,9 @@ class GenerateRequest:
     family: str | None = None
     loras: Sequence[tuple[Path, float]] = ()
     speed: str | None = None
+    decode_frames: int | None = None
+    text_device: str | None = None
+    preset: str | None = None
     device: str | None = None
     dtype: torch.dtype | None = None
 

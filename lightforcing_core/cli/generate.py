@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .common import AddCommand, StopRequest, add_weights, numbers, say, write_json
 from .sparse import add_sparse_options, sparse_settings
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_commands(command: AddCommand) -> None:
@@ -58,14 +62,38 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     )
     add_sparse_options(sub)
     machine = sub.add_argument_group("machine")
+    machine.add_argument(
+        "--preset",
+        choices=("speed", "low-memory"),
+        help="options for a purpose, each of which can be overridden. speed: sparsity 0.88 growing "
+        "to 0.98, eight-bit products. low-memory: a window of 12 latent frames, sparsity 0.85 "
+        "growing to 0.95, eight-bit weights, decoding one latent frame at a time, the text encoder "
+        "on the CPU",
+    )
     machine.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     machine.add_argument(
         "--speed",
-        choices=("plain", "graphs", "compiled", "fp8"),
-        help="GPU only: record forwards as graphs (default there), compile them too (seconds "
-        "before the first video), or also round the linear layers to eight bits",
+        choices=("plain", "fast", "fp8", "int8"),
+        help="GPU only: fused kernels and recorded forwards (fast, the default there), and linear "
+        "layers in eight bits besides: fp8 (compute capability 8.9), int8 (8.0)",
     )
+    machine.add_argument(
+        "--decode-frames",
+        type=int,
+        metavar="N",
+        help="latent frames decoded at a time (default 3); fewer take less memory",
+    )
+    machine.add_argument("--text-device", help="where the text encoder runs (default: as --device)")
     machine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+
+
+def _fill_from_preset(arguments: argparse.Namespace, dtype: torch.dtype | None) -> None:
+    from ..generate import placement
+    from ..presets import fill
+
+    filled = fill(arguments.preset, vars(arguments), *placement(arguments.device, dtype))
+    for option, value in filled.items():
+        setattr(arguments, option, value)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -77,6 +105,9 @@ def _generate(arguments: argparse.Namespace) -> int:
     from ..layout import FrameSize
     from ..progress import ChunkProgress
 
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    if arguments.preset is not None:
+        _fill_from_preset(arguments, dtype)
     request = GenerateRequest(
         prompt=arguments.prompt,
         out=arguments.out,
@@ -99,8 +130,11 @@ def _generate(arguments: argparse.Namespace) -> int:
         sink_frames=arguments.sink,
         sparse=sparse_settings(arguments),
         speed=arguments.speed,
+        decode_frames=arguments.decode_frames,
+        text_device=arguments.text_device,
+        preset=arguments.preset,
         device=arguments.device,
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        dtype=dtype,
     )
     with StopRequest() as stop, ChunkProgress(arguments.console) as progress:
         result = generate(
@@ -112,6 +146,11 @@ def _generate(arguments: argparse.Namespace) -> int:
         f"{result.seconds:.1f} s ({result.frames / result.seconds:.1f} frames/s with decoding, "
         f"{result.device}, {str(result.dtype).removeprefix('torch.')})"
     )
+    if result.peak_reserved_gib is not None:
+        say(
+            f"at most {result.peak_allocated_gib:.2f} GiB of GPU memory allocated, "
+            f"{result.peak_reserved_gib:.2f} reserved"
+        )
     settings = result.settings
     window = "whole history" if settings.window_frames == -1 else f"window {settings.window_frames}"
     steps = ", ".join(f"{round(step, 2):g}" for step in settings.steps)
