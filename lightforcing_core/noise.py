@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -67,16 +68,19 @@ class SeededNoise:
         self.device = torch.device(device)
 
     def _draw(self, frames: Sequence[int], step: int) -> Tensor:
-        planes = []
-        for frame in frames:
-            key = np.array([self.seed, frame << 16 | step], dtype=np.uint64)
-            generator = np.random.Generator(np.random.Philox(key=key))
-            planes.append(generator.standard_normal(self.shape, dtype=np.float32))
-        noise = torch.from_numpy(np.stack(planes, axis=2))
-        if self.device.type != "cuda":
-            return noise.to(self.device)
+        is_gpu = self.device.type == "cuda"
         # From pinned memory the copy waits for nothing, and the host goes on.
-        return noise.pin_memory().to(self.device, non_blocking=True)
+        noise = torch.empty(len(frames), *self.shape, pin_memory=is_gpu)
+
+        def draw(place: int) -> None:
+            key = np.array([self.seed, frames[place] << 16 | step], dtype=np.uint64)
+            generator = np.random.Generator(np.random.Philox(key=key))
+            generator.standard_normal(dtype=np.float32, out=noise[place].numpy())
+
+        # A frame takes a millisecond or two, in which a GPU would wait; NumPy lets threads draw.
+        with ThreadPoolExecutor(len(frames)) as pool:
+            list(pool.map(draw, range(len(frames))))
+        return noise.to(self.device, non_blocking=True).movedim(0, 2).contiguous()
 
     def initial(self, frames: Sequence[int]) -> Tensor:
         return self._draw(frames, 0)

@@ -30,6 +30,12 @@ from .warm_up import launch_all
 log = logging.getLogger("lightforcing")
 
 
+def on_host(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """int32, in memory that a copy to the device need not wait for."""
+    x = torch.tensor(list(numbers), dtype=torch.int32)
+    return x.pin_memory() if device.type == "cuda" else x
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """A rule as the device needs it: made when a chunk begins."""
@@ -283,7 +289,7 @@ class SparseAttention:
         return _Prepared(rule, self._send(rule.roles), own, fixed)
 
     def _send(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=self._device)
+        return on_host(numbers, self._device).to(self._device, non_blocking=True)
 
     def _plan(self, layer: int, q: Tensor, prepared: _Prepared) -> _Plan:
         """The layer's plan so far where it may be used again, else a new one."""

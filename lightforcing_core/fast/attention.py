@@ -23,7 +23,7 @@ from ..attention import CachedAttention, dense_attention
 from ..backends import AttentionBackend
 from ..kv_cache import KVCache
 from ..schedule import Timeline
-from ..sparse import SparseAttention, _Prepared
+from ..sparse import SparseAttention, _Prepared, on_host
 from ..sparse_settings import SparseSettings
 from ..stopwatch import Stopwatch
 from ..wan.forward import PositionTable
@@ -60,12 +60,6 @@ class _OpenSlots:
             self._by_length[len(slots)] = empty
         self.numbers = self._by_length[len(slots)]
         self.numbers.copy_(on_host(slots, self._device), non_blocking=True)
-
-
-def on_host(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """int32, in memory that a copy to the device need not wait for."""
-    x = torch.tensor(list(numbers), dtype=torch.int32)
-    return x.pin_memory() if device.type == "cuda" else x
 
 
 class FastDenseAttention(CachedAttention):
@@ -156,6 +150,9 @@ class FastSparseAttention(SparseAttention):
         self._lists: list[tuple[Tensor, Tensor]] = []  # of each layer, [B, H, query blocks, width]
         self._generation = 0  # of the addresses
         self._is_static = self._is_dense = False
+        self._is_block_attention_ready = False  # compiled before the first chunk
+        self._every: tuple[Tensor, Tensor] | None = None
+        self._every_by_length: dict[int, tuple[Tensor, Tensor]] = {}
         self._planned: set[int] = set()  # layers whose lists are this chunk's
         self._is_recorded = False
 
@@ -170,6 +167,7 @@ class FastSparseAttention(SparseAttention):
     def _launch_all(self, own_block_variants: set[bool] | None) -> None:
         """The fused kernels too; leaves zeros in the first slot, which holds nothing yet."""
         super()._launch_all(own_block_variants)
+        self._is_block_attention_ready = own_block_variants is not None
         cache, spec = self.cache, self.cache.spec
         q_grid = BlockGrid(spec.frame_tokens, self._query_block_tokens)
         x = torch.zeros(
@@ -216,6 +214,7 @@ class FastSparseAttention(SparseAttention):
             len(prepared) == 1 and prepared[0] is not None and prepared[0].fixed is None
         )
         self._open.fill(self.cache.open_slots)
+        self._every = self._every_block() if self._is_dense else None
         if self._is_static:
             assert prepared[0] is not None
             self._fill(prepared[0])
@@ -312,7 +311,9 @@ class FastSparseAttention(SparseAttention):
             if not self._is_recorded:
                 self._counts.append(None)
             with self._span("attend"):
-                return dense_attention(q, *cache.visible(layer))
+                if self._every is None:
+                    return dense_attention(q, *cache.visible(layer))
+                return self._attend(layer, q, *self._every)
         assert self._is_static
         with self._span("select"):
             q, pooled_q = self._backend.project_blocks(
@@ -335,15 +336,39 @@ class FastSparseAttention(SparseAttention):
             self._planned.add(layer)
             self._counts.append(counts)
         with self._span("attend"):
-            return self._backend.block_sparse_attention(
-                q,
-                cache.keys[layer].flatten(1, 2),
-                cache.values[layer].flatten(1, 2),
-                indices,
-                counts,
-                q_grid=self._q_grid,
-                kv_grid=spec.grid,
+            return self._attend(layer, q, indices, counts)
+
+    def _attend(self, layer: int, q: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
+        return self._backend.block_sparse_attention(
+            q,
+            self.cache.keys[layer].flatten(1, 2),
+            self.cache.values[layer].flatten(1, 2),
+            indices,
+            counts,
+            q_grid=self._q_grid,
+            kv_grid=self.cache.spec.grid,
+        )
+
+    def _every_block(self) -> tuple[Tensor, Tensor] | None:
+        """Lists of all visible blocks, for a chunk that sees only itself: dense attention without
+        copies of keys and values that leave the padding of their slots behind.
+
+        None where there is no padding, or no sparse chunk will follow.
+        """
+        cache, spec = self.cache, self.cache.spec
+        frames = len(cache.open_slots)
+        is_padded = spec.frame_stride != spec.frame_tokens
+        if not self._is_block_attention_ready or not is_padded or frames != cache.visible_frames:
+            return None
+        if frames not in self._every_by_length:
+            width = frames * spec.blocks_per_frame
+            rows = spec.batch, spec.num_heads, self._q_grid.blocks_per_segment
+            ids = torch.arange(width, dtype=torch.int32, device=self._device)
+            self._every_by_length[frames] = (
+                ids.expand(*rows, width).contiguous(),
+                torch.full(rows, width, dtype=torch.int32, device=self._device),
             )
+        return self._every_by_length[frames]
 
     def _span(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._is_recorded else self._watch.span(name)

@@ -111,6 +111,8 @@ class ForwardEngine:
         self._refuse_second_video()
         self._is_running = True
         try:
+            with torch.no_grad():
+                self._blocks.prepare(self.tree.blocks)
             yield
         finally:
             self._is_running = False

@@ -34,6 +34,12 @@ class FusedBlocks:
 
     def __init__(self, operations: FusedOperations) -> None:
         self._add_norm = operations.add_norm
+        self._own_modulation: Tensor | None = None
+
+    def prepare(self, blocks: Sequence[nn.Module]) -> None:
+        """Gather what all forwards of a video share; until the next call the blocks' own
+        modulation must stay."""
+        self._own_modulation = _own_modulation(blocks)
 
     def __call__(
         self,
@@ -46,7 +52,10 @@ class FusedBlocks:
         attend: SelfAttend,
     ) -> Tensor:
         shape = hidden.shape
-        table = _modulation_table(blocks, modulation)
+        own = self._own_modulation if self._own_modulation is not None else _own_modulation(blocks)
+        # Shift, gain and gate of self-attention and of the feed-forward, float32
+        # [layers, 6, B * F, dim].
+        table = own.to(modulation.device) + modulation.float().flatten(0, 1).transpose(0, 1)
         rows = hidden.reshape(-1, shape[2]).contiguous()
         normed: Normed | None = None
         for layer, block in enumerate(blocks):
@@ -159,12 +168,12 @@ def blocks_obstacle(blocks: Sequence[nn.Module]) -> str | None:
     return None
 
 
-def _modulation_table(blocks: Sequence[nn.Module], modulation: Tensor) -> Tensor:
-    """Shift, gain and gate of self-attention and of the feed-forward, float32
-    [layers, 6, B * F, dim]; a gain is one more than the scale."""
-    own = torch.stack([block.modulation[0].to(modulation.device).float() for block in blocks])
+def _own_modulation(blocks: Sequence[nn.Module]) -> Tensor:
+    """The blocks' own part of the modulation, float32 [layers, 6, 1, dim]; a gain is one more than
+    the scale."""
+    own = torch.stack([block.modulation[0].float() for block in blocks])
     own[:, 1::3] += 1
-    return own[:, :, None] + modulation.float().flatten(0, 1).transpose(0, 1)
+    return own[:, :, None]
 
 
 def _row(parameter: Tensor, like: Tensor) -> Tensor:
