@@ -36,12 +36,15 @@ class GraphKey(NamedTuple):
     Attributes:
         generation: of the addresses; 0 for a dense first chunk.
         frames: of the chunk.
+        visible_frames: that a dense pass sees; 0 for a sparse one, which is launched alike
+            whatever it sees.
         chooses: whether the pass chooses blocks.
         has_own: whether each query block's own block is guaranteed.
     """
 
     generation: int
     frames: int
+    visible_frames: int
     chooses: bool
     has_own: bool
 
@@ -69,6 +72,7 @@ class FastDenseAttention(CachedAttention):
 
     def __init__(self, cache: KVCache, device: torch.device) -> None:
         super().__init__(cache, Stopwatch(device))
+        self._is_recorded = False
         self._open = _OpenSlots(device)
         self._project = fused_operations(device).project_blocks
 
@@ -78,6 +82,7 @@ class FastDenseAttention(CachedAttention):
     def restart(self) -> None:
         """Another video over the same cache."""
         self.cache.restart()
+        self._is_recorded = False
         assert self._watch is not None
         self._watch.take()
 
@@ -95,8 +100,24 @@ class FastDenseAttention(CachedAttention):
         cache, grid = self.cache, BlockGrid(x_q.shape[1], x_q.shape[1])
         arguments = _arguments(cache, layer, x_q, x_k, x_v, module, positions, self._open.numbers)
         q, _ = self._project(*arguments, q_grid=grid, kv_grid=cache.spec.grid)
-        with self._watch.span("attend"):
+        with nullcontext() if self._is_recorded else self._watch.span("attend"):
             return dense_attention(q, *cache.visible(layer))
+
+    @property
+    def is_recordable(self) -> bool:
+        """As `FastSparseAttention.is_recordable`."""
+        return True
+
+    def graph_key(self) -> GraphKey:
+        """What the coming pass launches: all passes of a chunk are alike."""
+        return GraphKey(0, len(self.cache.open_slots), self.cache.visible_frames, False, False)
+
+    def record(self, recording: bool) -> None:
+        """Within a recording nothing is timed."""
+        self._is_recorded = recording
+
+    def replayed(self) -> None:
+        """A recorded pass has been launched again."""
 
 
 def _arguments(
@@ -263,9 +284,9 @@ class FastSparseAttention(SparseAttention):
         frames = len(self.cache.open_slots)
         if self._is_static:
             chooses = not self._planned or self.settings.plans_anew(self._step)
-            return GraphKey(self._generation, frames, chooses, self._own is not None)
+            return GraphKey(self._generation, frames, 0, chooses, self._own is not None)
         alone = self._is_dense and frames == self.cache.visible_frames
-        return GraphKey(0, frames, False, False) if alone else None
+        return GraphKey(0, frames, frames, False, False) if alone else None
 
     def record(self, recording: bool) -> None:
         """Within a recording nothing is timed and nothing is counted; `replayed` counts."""

@@ -4,7 +4,8 @@ A forward of 1.3B is about a thousand launches, and the host needs longer to iss
 GPU to do them. Forwards that launch the same with the same addresses are recorded as a CUDA graph
 and replayed; one of a kind that was never run is run as it stands first, which compiles what must
 be compiled. With one plan a chunk that is three graphs for a whole video: the dense first chunk, a
-pass that chooses blocks, and one that does not, the clean pass among the latter.
+pass that chooses blocks, and one that does not, the clean pass among the latter. A dense video
+needs one for every chunk.
 
 Recordings belong to one run, whose cache they name, and go with it. What was compiled stays: an
 engine that makes the next video too need not run anything first. An engine that keeps its memory
@@ -18,7 +19,7 @@ import logging
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ class ForwardEngine:
         """
         Args:
             tree: Wan-shaped module tree, resident on a GPU.
-            graphs: record sparse forwards. Without a CUDA device nothing is recorded.
+            graphs: record forwards, dense ones only if they are kept. Without a CUDA device
+                nothing is recorded.
             keep: hold the cache and the recordings from one video to the next; `release` frees
                 them.
             seen: kinds of forwards that engines before this one have run, in the same process for
@@ -198,11 +200,10 @@ class ForwardEngine:
     ) -> Tensor:
         """Velocity; see `wan_forward` for the arguments."""
         key = None
-        if self._graphs and isinstance(attend, FastSparseAttention) and attend.is_recordable:
+        if self._graphs and self._may_record(attend):
             key = attend.graph_key()
         if key is None:
             return self._forward(x, timesteps, frame_indices, text, attend, positions)
-        assert isinstance(attend, FastSparseAttention)
         kind = key._replace(generation=min(key.generation, 1)), x.shape, x.dtype
         if kind not in self._seen:
             self._seen.add(kind)
@@ -221,6 +222,12 @@ class ForwardEngine:
         recording.graph.replay()
         attend.replayed()
         return recording.velocity.clone()
+
+    def _may_record(self, attend: SelfAttend) -> TypeGuard[FastAttention]:
+        """Dense chunks have a recording each, which a single video would not earn back."""
+        if isinstance(attend, FastDenseAttention):
+            return self._keep and attend.is_recordable
+        return isinstance(attend, FastSparseAttention) and attend.is_recordable
 
     def _forward(
         self,
@@ -241,7 +248,7 @@ class ForwardEngine:
         timesteps: Tensor,
         frame_indices: Sequence[int],
         text: TextContext,
-        attend: FastSparseAttention,
+        attend: FastAttention,
         positions: PositionTable,
     ) -> _Recording:
         held = PositionTable(

@@ -128,9 +128,9 @@ def test_every_chunks_passes_have_the_same_two_keys(
     ):  # fmt: skip
         addresses.add(len(keys))
     sparse = keys[4:]  # the first chunk is dense
-    assert {key for _, key in keys[:4]} == {(0, 2, False, False)}
-    assert {key for step, key in sparse if step == 0} == {(1, 2, True, False)}
-    assert {key for step, key in sparse if step != 0} == {(1, 2, False, False)}
+    assert {key for _, key in keys[:4]} == {(0, 2, 2, False, False)}
+    assert {key for step, key in sparse if step == 0} == {(1, 2, 0, True, False)}
+    assert {key for step, key in sparse if step != 0} == {(1, 2, 0, False, False)}
     assert len(sparse) == 4 * 4 - 1  # the last has no clean pass
 
 
@@ -156,6 +156,28 @@ def test_kept_recordings_make_the_same_videos() -> None:
             videos.append(torch.cat([chunk.latents for chunk in chunks], 2))
         assert torch.equal(*videos)
     assert len(recorded) == 3 and engine.num_recordings == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [{}, {"window_frames": 6, "sink_frames": 1}], ids=["", "ring"])
+def test_kept_dense_recordings_make_the_same_videos(window: dict) -> None:
+    torch.manual_seed(5)
+    config = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64, text_len=32)
+    tree = WanModel(config).requires_grad_(False).cuda().bfloat16()
+    with torch.no_grad():
+        text = prepare_text(tree, torch.randn(1, 20, 64).cuda().bfloat16())
+    settings = RolloutSettings(12, 3, **window)
+    kept = ForwardEngine(tree, keep=True)
+    for seed in range(3):
+        videos = []
+        for engine in (kept, ForwardEngine(tree, graphs=False), None):
+            noise = SeededNoise(seed, (1, 16, 60, 104), torch.device("cuda"))
+            chunks = rollout(tree, settings, text, noise, engine=engine)
+            videos.append(torch.cat([chunk.latents for chunk in chunks], 2))
+        assert torch.equal(*videos[:2])
+        assert (videos[0] - videos[2]).norm() / videos[2].norm() < 0.05
+    assert kept.num_recordings == (2 if window else 4)  # one for each number of visible frames
 
 
 @pytest.mark.parametrize("engine", [False, True])
