@@ -38,10 +38,17 @@ from .configs import (
 from .gluon_attention import CONFIGS, plan_gluon
 from .grid import BlockGrid
 from .launch import Launch, is_interpreted
-from .reference_channels import PackedWeights, pack_enlarging, pack_in_cells, pack_plain
+from .reference_channels import (
+    PackedWeights,
+    pack_enlarging,
+    pack_in_cells,
+    pack_in_pairs,
+    pack_plain,
+)
 from .triton_attention import plan_attention
-from .triton_channels import convolution_options, plan_convolution, plan_normalisation
+from .triton_channels import plan_convolution
 from .triton_merge import plan_merge
+from .triton_normalisation import plan_normalisation
 from .triton_pooling import plan_pooling
 from .triton_projection import plan_projection, plan_row_scales
 from .triton_quantisation import plan_quantisation
@@ -321,32 +328,40 @@ def _channel_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
         sizes: tuple[int, ...],
         has_residual: bool,
         batch: int = 1,
+        slices: int = 12,
     ) -> Launch:
         weights = pack(_meta(*sizes, 3, 3))
-        x = _meta(batch, 14, 480, 832, weights.channels)
+        x = _meta(batch, slices + weights.depth_taps - 1, 480, 832, weights.channels)
         out, bias = _meta(*weights.out_shape(x)), _meta(weights.out_channels)
         residual = out if has_residual else None
-        options = convolution_options(weights, arch)
-        return plan_convolution(x, weights, bias, residual, out, is_rectified=True, options=options)
+        return plan_convolution(x, weights, bias, residual, out, is_rectified=True, capability=arch)
 
     def planes(channels: int, taps: int) -> Launch:
         weights = pack_in_cells(_meta(3, channels, taps, 3, 3))
         x = _meta(1, 14, 480, 832, channels)
         batch, depth, height, width, _ = weights.out_shape(x)
         out = _meta(batch, depth, 3, height, width, dtype=torch.float32)
-        options = convolution_options(weights, arch)
-        return plan_convolution(x, weights, _meta(3), None, out, to_planes=True, options=options)
+        return plan_convolution(x, weights, _meta(3), None, out, to_planes=True, capability=arch)
 
     def normalisation(channels: int, has_more: bool) -> Launch:
         x, vector = _meta(1, 14, 480, 832, channels), _meta(channels)
         more = (vector, x, x) if has_more else (None, None, None)
-        return plan_normalisation(x, vector, *more, x, is_activated=True)
+        out, kept = _meta(1, 16, *x.shape[2:]), x[:, :2]
+        return plan_normalisation(x, vector, *more, out, kept, kept, is_activated=True)
 
-    plain = ((256, 16, 1), (256, 256, 2), (256, 256, 1), (128, 128, 2), (64, 64, 1))
-    cells = ((24, 24, 3),)
+    plain = (
+        (256, 16, 1),
+        (256, 256, 2),
+        (256, 256, 1),
+        (128, 128, 2),
+        (64, 64, 2),
+        (64, 64, 1),
+        (48, 48, 3),
+    )
+    pairs = ((24, 24, 3),)
     enlarging = ((1, 192, 384), (1, 96, 192), (1, 48, 96), (1, 24, 48))
     grown = ((1, 128, 256), (2, 64, 128), (2, 64, 64))
-    kinds = (("plain", pack_plain, plain), ("cells", pack_in_cells, cells),
+    kinds = (("plain", pack_plain, plain), ("pairs", pack_in_pairs, pairs),
              ("enlarging", pack_enlarging, enlarging + grown))  # fmt: skip
     for kind, pack, all_sizes in kinds:
         for sizes, has_residual in itertools.product(all_sizes, (False, True)):
@@ -355,6 +370,12 @@ def _channel_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
             name = f"convolution {kind} {'x'.join(map(str, sizes))}{' sum' if has_residual else ''}"
             arguments = pack, sizes, has_residual
             yield name, lambda arguments=arguments: convolution(*arguments)
+    # Fewer slices of one program, for short videos and first chunks.
+    for (kind, pack, sizes), slices in itertools.product(
+        (("pairs", pack_in_pairs, (24, 24, 3)), ("plain", pack_plain, (48, 48, 3))), (1, 2, 3)
+    ):
+        arguments = pack, sizes, False, 1, slices
+        yield f"convolution {kind} {sizes[0]} slices {slices}", partial(convolution, *arguments)
     # Batches beyond 32-bit offsets.
     for sizes in ((256, 256, 1), (64, 64, 1)):
         name = f"convolution plain {'x'.join(map(str, sizes))} sum large"

@@ -1,11 +1,8 @@
 """The Triton implementations, each with the signature of its twin in `reference`. Needs Triton."""
 
 from .triton_attention import block_sparse_attention_triton
-from .triton_channels import (
-    convolve_channels_triton,
-    convolve_to_planes_triton,
-    normalise_channels_triton,
-)
+from .triton_channels import convolve_channels_triton, convolve_to_planes_triton
+from .triton_normalisation import normalise_channels_triton
 from .triton_pooling import pool_blocks_triton
 from .triton_projection import project_blocks_triton
 from .triton_quantisation import quantise_blocks_triton

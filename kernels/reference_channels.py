@@ -4,9 +4,11 @@ Features are [B, D, H, W, C]: batch, depth, height, width, channels, channels de
 sees a window that slides over depth (no padding: the caller puts the earlier slices in front) and
 over height and width (a border of zeros, so that 3x3 keeps the size).
 
-`PackedWeights` describes three kinds of window with one set of numbers:
+`PackedWeights` describes four kinds of window with one set of numbers:
 
 - plain: a 3x3 window makes one position.
+- in pairs: a 3x4 window makes two positions of a row. A third more products, but few channels fill
+  the hardware better.
 - in cells: a 4x4 window makes the 2x2 positions in its middle at once. More products, many with
   zeros, but the input is read 2.25 times less often and few channels fill the hardware better.
 - enlarging: 3x3 after doubling height and width by repetition, without the doubled input. In four
@@ -18,6 +20,7 @@ All arithmetic of the twins is in float32 or wider and rounded once, at the end.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +41,8 @@ class PackedWeights:
             `block_k`; columns_out are the results, padded to whole `block_n`.
         channels, out_channels: of input and output features.
         depth_taps, rows, columns: size of the window.
-        step: distance of two windows in height and width, in input positions.
-        cell: output positions along one axis for each window.
+        step: distance of two windows in height and in width, in input positions.
+        cell: output positions of each window in height and in width.
         grow: output slices for each input slice.
         is_phased: whether every output position of a cell has a window and a matrix of its own.
         block_n, block_k: what the matrix was padded to.
@@ -51,8 +54,8 @@ class PackedWeights:
     depth_taps: int
     rows: int
     columns: int
-    step: int
-    cell: int
+    step: tuple[int, int]
+    cell: tuple[int, int]
     grow: int
     is_phased: bool
     block_n: int
@@ -61,7 +64,7 @@ class PackedWeights:
     @property
     def results(self) -> int:
         """Numbers that one matrix makes of one window."""
-        return self.out_channels * (1 if self.is_phased else self.cell**2)
+        return self.out_channels * (1 if self.is_phased else math.prod(self.cell))
 
     @property
     def run(self) -> int:
@@ -80,12 +83,15 @@ class PackedWeights:
                 f"got {tuple(x.shape)}"
             )
         batch, depth, height, width, _ = x.shape
-        if height % self.step or width % self.step:
-            raise ValueError(f"height and width must be multiples of {self.step}, got "
-                             f"{height} and {width}")  # fmt: skip
-        scale = self.cell // self.step
+        if height % self.step[0] or width % self.step[1]:
+            raise ValueError(
+                "height and width must be multiples of {} and {}, got {} and {}".format(
+                    *self.step, height, width
+                )
+            )
+        tall, wide = (cell // step for cell, step in zip(self.cell, self.step, strict=True))
         slices = (depth - self.depth_taps + 1) * self.grow
-        return batch, slices, height * scale, width * scale, self.out_channels
+        return batch, slices, height * tall, width * wide, self.out_channels
 
 
 def _blocks(results: int, run: int) -> tuple[int, int]:
@@ -104,8 +110,8 @@ def _pack(
     dtype: torch.dtype,
     out_channels: int,
     *,
-    step: int,
-    cell: int,
+    step: tuple[int, int],
+    cell: tuple[int, int],
     grow: int,
     is_phased: bool,
 ) -> PackedWeights:
@@ -125,14 +131,26 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"weight must be [results, C, taps, 3, 3], got {tuple(weight.shape)}")
 
 
+def _pack_grouped(weight: Tensor, cell: tuple[int, int]) -> PackedWeights:
+    """One window for all positions of a cell."""
+    _check_weight(weight)
+    results, channels, depth_taps = weight.shape[:3]
+    high, wide = cell
+    taps = weight.new_zeros(1, high, wide, results, channels, depth_taps, 2 + high, 2 + wide)
+    for y in range(high):
+        for x in range(wide):
+            taps[0, y, x, ..., y : y + 3, x : x + 3] = weight
+    taps = taps.flatten(1, 3)
+    return _pack(taps, weight.dtype, results, step=cell, cell=cell, grow=1, is_phased=False)
+
+
 def pack_plain(weight: Tensor) -> PackedWeights:
     """Weights [results, C, depth taps, 3, 3] for a window per position.
 
     Raises:
         ValueError: another shape.
     """
-    _check_weight(weight)
-    return _pack(weight[None], weight.dtype, len(weight), step=1, cell=1, grow=1, is_phased=False)
+    return _pack_grouped(weight, (1, 1))
 
 
 def pack_in_cells(weight: Tensor) -> PackedWeights:
@@ -141,13 +159,16 @@ def pack_in_cells(weight: Tensor) -> PackedWeights:
     Raises:
         ValueError: another shape.
     """
-    _check_weight(weight)
-    results, channels, depth_taps = weight.shape[:3]
-    taps = weight.new_zeros(1, 2, 2, results, channels, depth_taps, 4, 4)
-    for y in range(2):
-        for x in range(2):
-            taps[0, y, x, ..., y : y + 3, x : x + 3] = weight
-    return _pack(taps.flatten(1, 3), weight.dtype, results, step=2, cell=2, grow=1, is_phased=False)
+    return _pack_grouped(weight, (2, 2))
+
+
+def pack_in_pairs(weight: Tensor) -> PackedWeights:
+    """Weights [results, C, depth taps, 3, 3] for a window per two positions of a row.
+
+    Raises:
+        ValueError: another shape.
+    """
+    return _pack_grouped(weight, (1, 2))
 
 
 def _sums() -> Tensor:
@@ -176,7 +197,7 @@ def pack_enlarging(weight: Tensor) -> PackedWeights:
     # Summed in float32: rounded once.
     taps = torch.einsum("yas,xbt,grcst->gyxrcab", sums, sums, weight.float())
     taps = taps.flatten(0, 2).unsqueeze(3)  # a single tap in depth
-    return _pack(taps, weight.dtype, results, step=1, cell=2, grow=grow, is_phased=True)
+    return _pack(taps, weight.dtype, results, step=(1, 1), cell=(2, 2), grow=grow, is_phased=True)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -191,12 +212,11 @@ def _convolve(x: Tensor, weights: PackedWeights) -> Tensor:
     taps = matrix.unflatten(1, (*sizes, -1))[:, :, :, : weights.run, : weights.results]
     taps = taps.unflatten(3, (weights.columns, -1)).permute(0, 5, 4, 1, 2, 3)
     features = x.to(wide).permute(0, 4, 1, 2, 3)
-    stride = (1, weights.step, weights.step)
+    stride = (1, *weights.step)
     if not weights.is_phased:
         padded = F.pad(features, (1, 1, 1, 1))
         made = F.conv3d(padded, taps[0], stride=stride)
-        cell = weights.cell
-        made = made.unflatten(1, (cell, cell, -1)).permute(0, 4, 5, 1, 6, 2, 3)
+        made = made.unflatten(1, (*weights.cell, -1)).permute(0, 4, 5, 1, 6, 2, 3)
         return made.reshape(shape)
     out = x.new_empty(shape, dtype=wide)
     for phase, tap in enumerate(taps):
@@ -224,7 +244,7 @@ def convolve_channels(
         bias: [out channels].
         residual: added after the bias, in the output's shape, slices as in x.
         is_rectified: negative results become zero.
-        out: where the result goes, slices as in x; None: new memory.
+        out: where the result goes, slices as in x, not the residual; None: new memory.
 
     Returns:
         [B, (D - depth taps + 1) * grow, H', W', out channels], in x's dtype.
@@ -267,6 +287,33 @@ def convolve_to_planes(
     return made.movedim(-1, 2).contiguous()
 
 
+def check_extension(
+    x: Tensor, gain: Tensor | None, out: Tensor | None, past: Tensor | None, kept: Tensor | None
+) -> None:
+    """What `normalise_channels` asks of the output and of slices in front of it.
+
+    Raises:
+        ValueError: shapes that do not fit, or one given without another.
+    """
+    batch, slices, *rest = x.shape
+    if kept is None:
+        if past is not None:
+            raise ValueError("past needs kept")
+        if out is not None and out.shape != x.shape:
+            raise ValueError(f"out must be {tuple(x.shape)}, got {tuple(out.shape)}")
+        return
+    if gain is None or out is None:
+        raise ValueError("kept needs gain and out")
+    count = kept.shape[1]
+    for name, value, expected in (
+        ("kept", kept, count),
+        ("past", kept if past is None else past, count),
+        ("out", out, slices + count),
+    ):
+        if value.shape != (batch, expected, *rest):
+            raise ValueError(f"{name} must be {(batch, expected, *rest)}, got {tuple(value.shape)}")
+
+
 def normalise_channels(
     x: Tensor,
     gain: Tensor | None,
@@ -275,6 +322,8 @@ def normalise_channels(
     residual: Tensor | None = None,
     total: Tensor | None = None,
     out: Tensor | None = None,
+    past: Tensor | None = None,
+    kept: Tensor | None = None,
     is_activated: bool = True,
 ) -> Tensor | None:
     """Sum, then every position's channels at the length sqrt(C) times a gain, then SiLU.
@@ -286,14 +335,18 @@ def normalise_channels(
         residual: like x, added to x.
         total: like x, where the sum goes; None: it is not kept. May be x or the residual.
         out: where the result goes; whole slices, whose batches may lie apart; None: new memory.
+        past: with `kept`, the slices that come before the result, dense; None: zeros.
+        kept: [B, P, H, W, C], dense. With it `out` has P slices more than x: first those of the
+            past, then the result; and its last P are copied here, to be the past of the next call.
         is_activated: apply SiLU, `v / (1 + exp(-v))`.
 
     Returns:
-        The normalised features, like x; None without a gain.
+        The normalised features, like x, or `out`; None without a gain.
 
     Raises:
         ValueError: shapes that do not fit.
     """
+    check_extension(x, gain, out, past, kept)
     wide = _wide(x)
     value = x.to(wide)
     if bias is not None:
@@ -308,4 +361,10 @@ def normalise_channels(
     value = value * (x.shape[-1] ** 0.5 / norm.clamp_min(_NORM_EPS)) * gain.to(wide)
     if is_activated:
         value = F.silu(value)
-    return value.to(x.dtype) if out is None else out.copy_(value)
+    if kept is None:
+        return value.to(x.dtype) if out is None else out.copy_(value)
+    count = kept.shape[1]
+    out[:, :count] = 0 if past is None else past
+    out[:, count:] = value
+    kept.copy_(out[:, -count:])
+    return out

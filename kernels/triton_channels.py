@@ -1,10 +1,10 @@
-"""Convolution and normalisation of channels-last features.
+"""Convolution of channels-last features.
 
 A program of the convolution makes a tile of windows by results as a matrix product. It reads the
 rows of its windows as they lie in memory, so no unfolded input exists. A window's row is a run of
 numbers without gaps (positions, channels inside), which is cut into equal parts whatever the number
-of channels; parts beyond the border are masked. The accumulator starts as bias and residual and is
-rectified at the end.
+of channels; parts beyond the border are masked. Where the window is deep a program makes several
+slices in a row, which share what they read: reading, not arithmetic, bounds few channels.
 
 Reference: `reference_channels`.
 """
@@ -12,6 +12,7 @@ Reference: `reference_channels`.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,8 +22,7 @@ from torch import Tensor
 from .launch import Launch, check_tensors, compute_capability
 from .reference_channels import PackedWeights
 
-_BLOCK_M = 128
-_MOST_CHANNELS = 4096
+_MOST_WINDOWS = 256  # of a program
 _MOST = 2**31 - 1
 _LENGTHS = [
     "windows",
@@ -60,8 +60,10 @@ def convolve_kernel(
     DEPTH_TAPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-    CELL: tl.constexpr,
+    STEP_HIGH: tl.constexpr,
+    STEP_WIDE: tl.constexpr,
+    CELL_HIGH: tl.constexpr,
+    CELL_WIDE: tl.constexpr,
     GROW: tl.constexpr,
     IS_PHASED: tl.constexpr,
     IS_RECTIFIED: tl.constexpr,
@@ -70,11 +72,13 @@ def convolve_kernel(
     TILES: tl.constexpr,
     PHASES: tl.constexpr,
     IS_LARGE: tl.constexpr,
+    IS_SUM_FIRST: tl.constexpr,
+    FRAMES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of windows by a tile of results, of one phase."""
+    """A tile of windows by a tile of results, of one phase, for FRAMES slices in a row."""
     # Programs that read the same windows are neighbours and meet in the cache.
     program = tl.program_id(0)
     phase = program % (PHASES * TILES) // TILES
@@ -85,9 +89,16 @@ def convolve_kernel(
     line = window // windows_wide
     row = line % windows_high
     line = line // windows_high
-    index = line % depth
-    batch = (line // depth).to(tl.int64 if IS_LARGE else tl.int32)
-    top, left = row * STEP - 1, column * STEP - 1
+    if FRAMES == 1:
+        index = line % depth
+        batch = line // depth
+    else:
+        groups = (depth + (FRAMES - 1)) // FRAMES
+        # The last group makes some slices of the one before again, rather than any beyond the end.
+        index = tl.minimum(line % groups * FRAMES, depth - FRAMES)
+        batch = line // groups
+    batch = batch.to(tl.int64 if IS_LARGE else tl.int32)
+    top, left = row * STEP_HIGH - 1, column * STEP_WIDE - 1
     if IS_PHASED:
         top += phase // 2 % 2
         left += phase % 2
@@ -95,23 +106,25 @@ def convolve_kernel(
     is_result = n < RESULTS
     is_made = is_window[:, None] & is_result[None, :]
     channel = n % OUT_CHANNELS
-    out_row, out_column = row * CELL, column * CELL
-    out_width = windows_wide * CELL
-    size = windows_high * CELL * out_width
+    out_row, out_column = row * CELL_HIGH, column * CELL_WIDE
+    out_width = windows_wide * CELL_WIDE
+    size = windows_high * CELL_HIGH * out_width
     inside = tl.zeros_like(n)
+    offset = n[None, :]
     slice_out = index
     if IS_PHASED:
         out_row += phase // 2 % 2
         out_column += phase % 2
         slice_out = index * GROW + phase // 4
     else:
-        inside = n // (OUT_CHANNELS * CELL) * out_width + n // OUT_CHANNELS % CELL
+        inside = n // (OUT_CHANNELS * CELL_WIDE) * out_width + n // OUT_CHANNELS % CELL_WIDE
+        if CELL_HIGH > 1:
+            offset = (inside * OUT_CHANNELS + channel)[None, :]
     within = out_row * out_width + out_column
-    offset = (inside * OUT_CHANNELS + channel)[None, :]
 
-    # What is added comes first: at the end, it would need registers beside the products.
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if residual is not None:
+    if IS_SUM_FIRST:
+        # At the end, a wide tile would need registers beside the products.
         first = ((batch * residual_slices + slice_out) * size + within) * OUT_CHANNELS
         more = tl.load(residual + (first[:, None] + offset), mask=is_made, other=0.0)
         accumulator += more.to(tl.float32)
@@ -121,11 +134,18 @@ def convolve_kernel(
 
     RUN: tl.constexpr = COLUMNS * CHANNELS
     PARTS: tl.constexpr = (RUN + BLOCK_K - 1) // BLOCK_K
-    STEPS: tl.constexpr = DEPTH_TAPS * ROWS * PARTS
+    # Several slices see the same slices and weights: all taps in depth are one step then.
+    TAPS: tl.constexpr = 1 if FRAMES == 1 else DEPTH_TAPS
+    STEPS: tl.constexpr = DEPTH_TAPS // TAPS * ROWS * PARTS
+    LINE: tl.constexpr = TILES * BLOCK_N
+    accumulators = (accumulator,)
+    for _ in tl.static_range(FRAMES - 1):
+        accumulators += (accumulator,)
     k = tl.arange(0, BLOCK_K)
+    area = height * width * CHANNELS
     start = (((batch * x_slices + index) * height + top) * width + left) * CHANNELS
-    weights = weight + phase.to(tl.int64) * (STEPS * BLOCK_K * TILES * BLOCK_N)
-    weights += k[:, None] * (TILES * BLOCK_N) + n[None, :]
+    weights = weight + phase.to(tl.int64) * (STEPS * TAPS * BLOCK_K * LINE)
+    weights += k[:, None] * LINE + n[None, :]
     for step in range(STEPS):
         part = step % PARTS
         tap = step // PARTS
@@ -143,70 +163,44 @@ def convolve_kernel(
             if RUN % BLOCK_K:
                 mask = mask & (at < RUN)[None, :]
         skipped = (tap // ROWS * height + tap_row) * width * CHANNELS
-        values = tl.load(x + (start[:, None] + (skipped + at)[None, :]), mask=mask, other=0.0)
-        accumulator = tl.dot(values, tl.load(weights), accumulator)
-        weights += BLOCK_K * TILES * BLOCK_N
+        here = x + (start[:, None] + (skipped + at)[None, :])
+        matrices = (tl.load(weights),)
+        for t in tl.static_range(1, TAPS):
+            matrices += (tl.load(weights + t * (ROWS * PARTS * BLOCK_K * LINE)),)
+        for s in tl.static_range(FRAMES + TAPS - 1):
+            values = tl.load(here + s * area, mask=mask, other=0.0)
+            sums = ()
+            for f in tl.static_range(FRAMES):
+                if s - f >= 0 and s - f < TAPS:
+                    sums += (tl.dot(values, matrices[s - f], accumulators[f]),)
+                else:
+                    sums += (accumulators[f],)
+            accumulators = sums
+        weights += BLOCK_K * LINE
 
-    if TO_PLANES:
-        plane = (batch * out_slices + slice_out) * OUT_CHANNELS
-        target = (plane * size + within)[:, None] + (channel * size + inside)[None, :]
-        accumulator = accumulator * scale + shift
-        is_bad = (accumulator != accumulator) | (tl.abs(accumulator) == float("inf"))
-        limited = tl.minimum(tl.maximum(accumulator, 0.0), 1.0)
-        tl.store(out + target, tl.where(is_bad, float("nan"), limited), mask=is_made)
-    else:
-        if IS_RECTIFIED:
-            # Not a maximum, which would turn NaN to zero.
-            accumulator = tl.where(accumulator < 0.0, 0.0, accumulator)
-        first = ((batch * out_slices + slice_out) * size + within) * OUT_CHANNELS
-        target = out + (first[:, None] + offset)
-        tl.store(target, accumulator.to(out.dtype.element_ty), mask=is_made)
-
-
-@triton.jit(do_not_specialize=["positions", "batch_positions", "out_positions"])
-def normalise_kernel(
-    x,
-    gain,
-    bias,
-    residual,
-    total,
-    out,
-    positions,
-    batch_positions,
-    out_positions,
-    CHANNELS: tl.constexpr,
-    IS_ACTIVATED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A few positions with all their channels."""
-    position = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.arange(0, BLOCK)
-    is_channel = channel < CHANNELS
-    mask = (position < positions)[:, None] & is_channel[None, :]
-    at = (position * CHANNELS)[:, None] + channel[None, :]
-    value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    if bias is not None:
-        value += tl.load(bias + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-    if residual is not None:
-        value += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    if total is not None:
-        tl.store(total + at, value.to(total.dtype.element_ty), mask=mask)
-    if gain is not None:
-        norm = tl.sqrt(tl.sum(value * value, 1))
-        factor = tl.sqrt(CHANNELS * 1.0) / tl.maximum(norm, 1e-12)
-        value = value * factor[:, None]
-        value *= tl.load(gain + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-        if IS_ACTIVATED:
-            value = value / (1.0 + tl.exp(-value))
-        batch = position // batch_positions
-        target = (batch * out_positions + position % batch_positions) * CHANNELS
-        tl.store(
-            out + target[:, None] + channel[None, :], value.to(out.dtype.element_ty), mask=mask
-        )
+    for f in tl.static_range(FRAMES):
+        result = accumulators[f]
+        if TO_PLANES:
+            plane = (batch * out_slices + slice_out + f) * OUT_CHANNELS
+            target = (plane * size + within)[:, None] + (channel * size + inside)[None, :]
+            result = result * scale + shift
+            is_bad = (result != result) | (tl.abs(result) == float("inf"))
+            limited = tl.minimum(tl.maximum(result, 0.0), 1.0)
+            tl.store(out + target, tl.where(is_bad, float("nan"), limited), mask=is_made)
+        else:
+            if residual is not None and not IS_SUM_FIRST:
+                first = ((batch * residual_slices + slice_out + f) * size + within) * OUT_CHANNELS
+                more = tl.load(residual + (first[:, None] + offset), mask=is_made, other=0.0)
+                result += more.to(tl.float32)
+            if IS_RECTIFIED:
+                # Not a maximum, which would turn NaN to zero.
+                result = tl.where(result < 0.0, 0.0, result)
+            first = ((batch * out_slices + slice_out + f) * size + within) * OUT_CHANNELS
+            target = out + (first[:, None] + offset)
+            tl.store(target, result.to(out.dtype.element_ty), mask=is_made)
 
 
-def _slices(name: str, x: Tensor) -> int:
+def slices_between(name: str, x: Tensor) -> int:
     """How many slices lie between the starts of two batches.
 
     Raises:
@@ -230,7 +224,7 @@ def _reach(x: Tensor) -> int:
     )
 
 
-def _check_vector(name: str, vector: Tensor | None, x: Tensor, size: int) -> None:
+def check_vector(name: str, vector: Tensor | None, x: Tensor, size: int) -> None:
     if vector is None:
         return
     if vector.shape != (size,) or not vector.is_contiguous() or vector.device != x.device:
@@ -240,7 +234,7 @@ def _check_vector(name: str, vector: Tensor | None, x: Tensor, size: int) -> Non
         )
 
 
-def _check_same_shape(name: str, other: Tensor | None, shape: tuple[int, ...]) -> None:
+def check_same_shape(name: str, other: Tensor | None, shape: tuple[int, ...]) -> None:
     if other is not None and tuple(other.shape) != tuple(shape):
         raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(other.shape)}")
 
@@ -249,9 +243,9 @@ def _check_convolution(x: Tensor, weights: PackedWeights, others: dict[str, Tens
     tensors = {"x": x, "weights": weights.matrix}
     check_tensors(tensors | {name: other for name, other in others.items() if other is not None})
     batch, depth, height, width, channels = x.shape
-    windows = batch * depth * height * width // weights.step**2
+    windows = batch * depth * height * width // math.prod(weights.step)
     # Counts of windows and distances inside a window are 32-bit numbers.
-    if max(windows + _BLOCK_M, (weights.depth_taps + 1) * height * width * channels) > _MOST:
+    if max(windows + _MOST_WINDOWS, (weights.depth_taps + 1) * height * width * channels) > _MOST:
         raise ValueError(f"x is too large for one launch: {tuple(x.shape)}; pass fewer slices")
 
 
@@ -271,11 +265,14 @@ def convolve_channels_triton(
     """
     shape = weights.out_shape(x)
     _check_convolution(x, weights, {"residual": residual, "out": out})
-    _check_vector("bias", bias, x, shape[-1])
-    _check_same_shape("residual", residual, shape)
-    _check_same_shape("out", out, shape)
+    check_vector("bias", bias, x, shape[-1])
+    check_same_shape("residual", residual, shape)
+    check_same_shape("out", out, shape)
     if out is None:
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    elif residual is not None and residual.data_ptr() == out.data_ptr():
+        # Programs may make a slice twice.
+        raise ValueError("out must not be the residual")
     if out.numel():
         plan_convolution(x, weights, bias, residual, out, is_rectified=is_rectified).run()
     return out
@@ -291,7 +288,7 @@ def convolve_to_planes_triton(
     """
     batch, slices, height, width, planes = weights.out_shape(x)
     _check_convolution(x, weights, {})
-    _check_vector("bias", bias, x, planes)
+    check_vector("bias", bias, x, planes)
     out = torch.empty(batch, slices, planes, height, width, dtype=torch.float32, device=x.device)
     if out.numel():
         plan_convolution(
@@ -300,13 +297,58 @@ def convolve_to_planes_triton(
     return out
 
 
-def convolution_options(weights: PackedWeights, capability: int) -> dict[str, int]:
-    """Warps, stages and registers for a GPU."""
-    if weights.block_n < 128:
-        return {"num_warps": 8 if weights.block_n == 64 else 4, "num_stages": 3}
-    options = {"num_warps": 8, "num_stages": 3}
-    # On Hopper this lets two programs share a multiprocessor and spills nothing; elsewhere it does.
-    return options | {"maxnreg": 128} if capability == 90 else options
+class ConvolutionTile(NamedTuple):
+    """How the programs of a convolution are cut.
+
+    Attributes:
+        block_m: windows of a program.
+        frames: slices of the output that a program makes for these windows; they share loads.
+        num_warps, num_stages: as Triton's.
+        maxnreg: most registers of a thread; None: the compiler's choice.
+    """
+
+    block_m: int
+    frames: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of the launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
+
+
+def convolution_tile(
+    weights: PackedWeights, depth: int, capability: int, *, is_large: bool = False
+) -> ConvolutionTile:
+    """The tile for a GPU.
+
+    Args:
+        depth: slices of the output before growth.
+        is_large: offsets need 64 bits, and with them twice the registers.
+    """
+    if weights.block_n >= 128:
+        # On Hopper this lets two programs share a multiprocessor and spills nothing; elsewhere it
+        # does.
+        return ConvolutionTile(64 if is_large else 128, 1, 8, 3, 128 if capability == 90 else None)
+    if weights.is_phased or is_large:
+        return ConvolutionTile(128, 1, 8 if weights.block_n == 64 else 4, 3)
+    if weights.depth_taps == 1:
+        small = capability == 90 and weights.block_n == 64
+        return ConvolutionTile(
+            64 if small else 128, 1, 4 if small or weights.block_n < 64 else 8, 3
+        )
+    # Two stages: programs share a Hopper multiprocessor, and 99 KB suffice elsewhere.
+    most = 2 if weights.block_n * weights.block_k == 64 * 64 else 4
+    return ConvolutionTile(64, frames_of_program(depth, weights.depth_taps, most), 4, 2)
+
+
+def frames_of_program(depth: int, taps: int, most: int) -> int:
+    """How many slices a program should make, so that few are read in all."""
+    possible = range(min(depth, most), 0, -1)
+    return min(possible, key=lambda frames: -(-depth // frames) * (frames + taps - 1))
 
 
 def plan_convolution(
@@ -320,25 +362,26 @@ def plan_convolution(
     to_planes: bool = False,
     scale: float = 1.0,
     shift: float = 0.0,
-    block_m: int | None = None,
-    options: dict[str, int] | None = None,
+    tile: ConvolutionTile | None = None,
+    capability: int | None = None,
 ) -> Launch:
     """The launch for arguments that have been checked.
 
     Args:
         to_planes: out is float32 [B, D, C, H, W], and `scale` and `shift` apply.
-        block_m, options: windows of a program, warps and stages; for measurements.
+        tile: None: the one for the GPU; others for measurements.
+        capability: of a GPU that need not be there; None: that of x's device.
     """
     batch, slices, height, width, _ = weights.out_shape(x)
-    windows_high, windows_wide = height // weights.cell, width // weights.cell
+    windows_high, windows_wide = height // weights.cell[0], width // weights.cell[1]
     depth = slices // weights.grow
     phases, _, results = weights.matrix.shape
-    windows = batch * depth * windows_high * windows_wide
     tiles = results // weights.block_n
-    # 64-bit offsets take twice the registers, so a wide tile must be half as high.
     is_large = max(map(_reach, (x, out, x if residual is None else residual))) > _MOST
-    is_crowded = is_large and weights.block_n >= 128
-    block_m = block_m or (_BLOCK_M // 2 if is_crowded else _BLOCK_M)
+    if tile is None:
+        capability = compute_capability(x.device) if capability is None else capability
+        tile = convolution_tile(weights, depth, capability, is_large=is_large)
+    windows = batch * triton.cdiv(depth, tile.frames) * windows_high * windows_wide
     arguments = {
         "x": x,
         "weight": weights.matrix,
@@ -353,16 +396,18 @@ def plan_convolution(
         "windows_wide": windows_wide,
         "height": x.shape[2],
         "width": x.shape[3],
-        "x_slices": _slices("x", x),
-        "out_slices": slices if to_planes else _slices("out", out),
-        "residual_slices": 0 if residual is None else _slices("residual", residual),
+        "x_slices": slices_between("x", x),
+        "out_slices": slices if to_planes else slices_between("out", out),
+        "residual_slices": 0 if residual is None else slices_between("residual", residual),
         "CHANNELS": weights.channels,
         "OUT_CHANNELS": weights.out_channels,
         "DEPTH_TAPS": weights.depth_taps,
         "ROWS": weights.rows,
         "COLUMNS": weights.columns,
-        "STEP": weights.step,
-        "CELL": weights.cell,
+        "STEP_HIGH": weights.step[0],
+        "STEP_WIDE": weights.step[1],
+        "CELL_HIGH": weights.cell[0],
+        "CELL_WIDE": weights.cell[1],
         "GROW": weights.grow,
         "IS_PHASED": weights.is_phased,
         "IS_RECTIFIED": is_rectified,
@@ -371,79 +416,11 @@ def plan_convolution(
         "TILES": tiles,
         "PHASES": phases,
         "IS_LARGE": is_large,
-        "BLOCK_M": block_m,
+        "IS_SUM_FIRST": residual is not None and weights.block_n >= 128,
+        "FRAMES": tile.frames,
+        "BLOCK_M": tile.block_m,
         "BLOCK_N": weights.block_n,
         "BLOCK_K": weights.block_k,
     }
-    grid = (triton.cdiv(windows, block_m) * phases * tiles,)
-    if options is None:
-        options = convolution_options(weights, compute_capability(x.device))
-    return Launch(convolve_kernel, grid, arguments, options)
-
-
-def normalise_channels_triton(
-    x: Tensor,
-    gain: Tensor | None,
-    *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    total: Tensor | None = None,
-    out: Tensor | None = None,
-    is_activated: bool = True,
-) -> Tensor | None:
-    """`reference_channels.normalise_channels` in one launch.
-
-    Raises:
-        ValueError: shapes, types or strides that the kernel cannot do, with what it can.
-    """
-    if x.ndim != 5 or not 1 <= x.shape[-1] <= _MOST_CHANNELS:
-        raise ValueError(f"x must be [B, D, H, W, 1 to {_MOST_CHANNELS}], got {tuple(x.shape)}")
-    dense = {"x": x, "residual": residual, "total": total}
-    given = {name: value for name, value in dense.items() if value is not None}
-    check_tensors(given | ({} if out is None else {"out": out}))
-    for name, value in given.items():
-        _check_same_shape(name, value, x.shape)
-        if not value.is_contiguous():
-            raise ValueError(f"{name} must be dense, got strides {value.stride()}")
-    _check_same_shape("out", out, x.shape)
-    _check_vector("gain", gain, x, x.shape[-1])
-    _check_vector("bias", bias, x, x.shape[-1])
-    if gain is not None and out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        plan_normalisation(x, gain, bias, residual, total, out, is_activated=is_activated).run()
-    return None if gain is None else out
-
-
-def plan_normalisation(
-    x: Tensor,
-    gain: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    total: Tensor | None,
-    out: Tensor | None,
-    *,
-    is_activated: bool,
-) -> Launch:
-    """The launch for arguments that have been checked."""
-    channels = x.shape[-1]
-    block = triton.next_power_of_2(channels)
-    # 2048 numbers on 128 threads: enough loads in flight, few enough registers.
-    rows = max(2048 // block, 1)
-    positions, area = math.prod(x.shape[:-1]), math.prod(x.shape[2:4])
-    arguments = {
-        "x": x,
-        "gain": gain,
-        "bias": bias,
-        "residual": residual,
-        "total": total,
-        "out": None if gain is None else out,
-        "positions": positions,
-        "batch_positions": x.shape[1] * area,
-        "out_positions": 0 if gain is None else _slices("out", out) * area,
-        "CHANNELS": channels,
-        "IS_ACTIVATED": is_activated,
-        "ROWS": rows,
-        "BLOCK": block,
-    }
-    return Launch(normalise_kernel, (triton.cdiv(positions, rows),), arguments, {"num_warps": 4})
+    grid = (triton.cdiv(windows, tile.block_m) * phases * tiles,)
+    return Launch(convolve_kernel, grid, arguments, tile.options)

@@ -22,7 +22,14 @@ from lightforcing.kernels.reference_channels import (
     normalise_channels,
     pack_enlarging,
     pack_in_cells,
+    pack_in_pairs,
     pack_plain,
+)
+from lightforcing.kernels.triton_channels import (
+    ConvolutionTile,
+    convolution_tile,
+    frames_of_program,
+    plan_convolution,
 )
 
 # kind, channels in, channels out, taps in depth
@@ -31,6 +38,9 @@ KINDS = [
     ("plain", 24, 24, 3),
     ("plain", 6, 5, 2),
     ("plain", 64, 192, 1),
+    ("plain", 48, 48, 3),
+    ("pairs", 24, 24, 3),
+    ("pairs", 8, 5, 2),
     ("cells", 24, 24, 3),
     ("cells", 32, 3, 1),
     ("cells", 7, 3, 3),
@@ -55,13 +65,15 @@ def make(
         return weight, pack_plain(weight)
     if kind == "cells":
         return weight, pack_in_cells(weight)
+    if kind == "pairs":
+        return weight, pack_in_pairs(weight)
     return weight, pack_enlarging(weight)
 
 
 def plain_torch(kind: str, x: Tensor, weight: Tensor) -> Tensor:
     """The same as layers would do it: x and the result are [B, D, H, W, C]."""
     features, weight = x.double().movedim(-1, 1), weight.double()
-    if kind in ("plain", "cells"):
+    if kind in ("plain", "pairs", "cells"):
         return F.conv3d(features, weight, padding=(0, 1, 1)).movedim(1, -1)
     doubled = features.repeat_interleave(2, -1).repeat_interleave(2, -2)
     parts = [F.conv3d(doubled, w.unsqueeze(2), padding=(0, 1, 1)) for w in weight]
@@ -113,6 +125,32 @@ def test_the_kernel_does_what_the_twin_does(
     torch.testing.assert_close(made.double(), expected, rtol=tolerance, atol=tolerance)
     if fused:
         assert made.data_ptr() == options["out"].data_ptr()
+
+
+@pytest.mark.parametrize(("kind", "taps"), [("plain", 3), ("pairs", 3), ("plain", 2)])
+@pytest.mark.parametrize(("depth", "frames"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (5, 2)])
+def test_slices_made_by_one_program_are_those_of_many(
+    kind: str, taps: int, depth: int, frames: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Also where the last group overlaps the one before."""
+    _, packed = make(kind, 8, 6, taps, device=device, dtype=dtype)
+    x = torch.randn(2, depth + taps - 1, 4, 6, 8, device=device).to(dtype)
+    bias = torch.randn(6, device=device).to(dtype)
+    residual = torch.randn(packed.out_shape(x), device=device).to(dtype)
+    made = []
+    for count in (1, frames):
+        out = torch.empty_like(residual)
+        tile = ConvolutionTile(64, count, 4, 2)
+        plan_convolution(x, packed, bias, residual, out, tile=tile, is_rectified=True).run()
+        made.append(out)
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(made[1], made[0], rtol=tolerance, atol=tolerance)
+
+
+def test_programs_make_as_many_slices_as_reads_least() -> None:
+    counts = {depth: frames_of_program(depth, 3, 4) for depth in (1, 2, 3, 4, 5, 6, 9, 12)}
+    assert counts == {1: 1, 2: 2, 3: 3, 4: 4, 5: 3, 6: 3, 9: 3, 12: 4}
+    assert convolution_tile(pack_plain(torch.zeros(48, 48, 3, 3, 3)), 12, 90).frames == 4
 
 
 @pytest.mark.parametrize("kind", ["plain", "phases"])
@@ -183,6 +221,28 @@ def test_normalisation(
     torch.testing.assert_close(total.double(), sums, **close)
 
 
+@pytest.mark.parametrize("slices", [1, 2, 5])
+@pytest.mark.parametrize("has_past", [True, False])
+def test_normalisation_behind_slices_of_before(
+    slices: int, has_past: bool, device: torch.device, dtype: torch.dtype
+) -> None:
+    x = torch.randn(2, slices, 3, 7, 24, device=device).to(dtype)
+    gain = torch.randn(24, device=device).to(dtype)
+    past = torch.randn(2, 2, 3, 7, 24, device=device).to(dtype) if has_past else None
+    made, expected = [], []
+    for run, found in ((normalise_channels_triton, made), (normalise_channels, expected)):
+        out = inside((2, 2 + slices, 3, 7, 24), device, dtype)
+        kept = torch.full((2, 2, 3, 7, 24), float("nan"), device=device, dtype=dtype)
+        total = torch.empty_like(x)
+        assert run(x, gain, residual=x, total=total, out=out, past=past, kept=kept) is out
+        found += [out, kept, total]
+    tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for ours, theirs in zip(made, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(made[0][:, -2:], made[1], rtol=0, atol=0)
+    assert (made[0][:, :2] == (0 if past is None else past)).all()
+
+
 def test_what_does_not_fit_is_refused(device: torch.device, dtype: torch.dtype) -> None:
     _, packed = make("cells", 8, 4, 2, device=device, dtype=dtype)
     assert isinstance(packed, PackedWeights)
@@ -190,7 +250,7 @@ def test_what_does_not_fit_is_refused(device: torch.device, dtype: torch.dtype) 
     vector = torch.zeros(8, device=device, dtype=dtype)
     with pytest.raises(ValueError, match="D of at least 2"):
         convolve_channels_triton(x[:, :1], packed)
-    with pytest.raises(ValueError, match="multiples of 2"):
+    with pytest.raises(ValueError, match="multiples of 2 and 2"):
         convolve_channels_triton(x[:, :, :3].contiguous(), packed)
     with pytest.raises(ValueError, match="dense slices"):
         convolve_channels_triton(x[:, :, :2], packed)
@@ -198,10 +258,19 @@ def test_what_does_not_fit_is_refused(device: torch.device, dtype: torch.dtype) 
         convolve_channels_triton(x, packed, bias=vector)
     with pytest.raises(ValueError, match="residual must be"):
         convolve_channels_triton(x, packed, residual=x)
+    both = torch.zeros(packed.out_shape(x), device=device, dtype=dtype)
+    with pytest.raises(ValueError, match="out must not be the residual"):
+        convolve_channels_triton(x, packed, residual=both, out=both)
     with pytest.raises(ValueError, match=r"gain must be dense \[8\]"):
         normalise_channels_triton(x, vector[:4])
     with pytest.raises(ValueError, match="x must be dense"):
         normalise_channels_triton(x[:, :, ::2], vector)
+    with pytest.raises(ValueError, match="kept needs gain and out"):
+        normalise_channels_triton(x, None, kept=x)
+    with pytest.raises(ValueError, match="past needs kept"):
+        normalise_channels_triton(x, vector, past=x)
+    with pytest.raises(ValueError, match=r"out must be \(1, 6"):
+        normalise_channels_triton(x, vector, kept=x, out=torch.empty_like(x))
     with pytest.raises(ValueError, match=r"\[results, C, taps, 3, 3\]"):
         pack_plain(torch.zeros(4, 8, 1, 3, 1))
     with pytest.raises(ValueError, match=r"\[grow, results, C, 3, 3\]"):
