@@ -6,27 +6,37 @@ bias and the shortcut of the convolution before it. Doubling the size happens in
 that follows it, and the last convolution makes frames limited to [0, 1].
 
 Which convolution does it is decided by the number of channels: cuDNN is fast with many, and slow
-with few, where our kernel takes 2x2 positions at once.
+with few. Its guess of the fastest algorithm is off by half for 96 channels, so it is made to
+measure them, once for each size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.reference_channels import pack_enlarging, pack_in_cells
+from ...kernels.reference_channels import (
+    PackedWeights,
+    pack_enlarging,
+    pack_in_cells,
+    pack_in_pairs,
+    pack_plain,
+)
 from .channel_operations import ChannelOperations
 from .latent_stats import latent_statistics
 from .wan_vae import WanVAE, WanVAEState
 from .wan_vae_modules import CausalConv3d, FrameAttention, ResidualBlock, Upsampler
 
-MOST_CHANNELS_IN_CELLS = 32
-"""Causal convolutions up to this width take our kernel. On an H200, bfloat16, 12 frames of 832x480,
-cuDNN runs 24 channels at 70 TFLOP/s, and 48 channels of half the size already at 230."""
+MOST_CHANNELS_IN_PAIRS = 32
+MOST_CHANNELS = 64
+"""Causal convolutions up to these widths take our kernel, the narrow ones two positions at once. On
+an H200, bfloat16, 12 frames of 832x480, cuDNN runs 24 channels at 70 TFLOP/s, and 48 channels of
+half the size at 130, where ours makes 230."""
 
 _CACHED_FRAMES = 2
 _TO_UNIT_RANGE = {"scale": 0.5, "shift": 0.5}  # pixels are nominally in [-1, 1]
@@ -58,15 +68,19 @@ class _Stream:
     def at_start(self) -> bool:
         return self._old is None
 
+    def _past(self) -> Tensor | None:
+        """The cached frames of the next convolution, channels last; None at the start."""
+        if self._old is None:
+            return None
+        # Dense already, unless the state is a plain decoder's.
+        return self._old[len(self.new)].permute(0, 2, 3, 4, 1).contiguous()
+
     def extended(self, like: Tensor, time: int) -> Tensor:
         """Room for [B, 2 + time, H, W, C], with the two frames before these in place."""
         batch, _, *rest = like.shape
         buffer = like.new_empty(batch, _CACHED_FRAMES + time, *rest)
-        past = buffer[:, :_CACHED_FRAMES]
-        if self._old is None:
-            past.zero_()
-        else:
-            past.copy_(self._old[len(self.new)].permute(0, 2, 3, 4, 1))
+        past = self._past()
+        buffer[:, :_CACHED_FRAMES] = 0 if past is None else past
         return buffer
 
     def keep(self, buffer: Tensor) -> None:
@@ -80,7 +94,9 @@ class _Stream:
         With `keep_sum`, `features.x` holds the sum afterwards.
         """
         x, bias, residual = features
-        buffer = self.extended(x, x.shape[1])
+        batch, time, *rest = x.shape
+        buffer = x.new_empty(batch, _CACHED_FRAMES + time, *rest)
+        kept = x.new_empty(batch, _CACHED_FRAMES, *rest)
         is_sum = bias is not None or residual is not None
         self.run.normalise(
             x,
@@ -88,9 +104,11 @@ class _Stream:
             bias=bias,
             residual=residual,
             total=x if keep_sum and is_sum else None,
-            out=buffer[:, _CACHED_FRAMES:],
+            out=buffer,
+            past=self._past(),
+            kept=kept,
         )
-        self.keep(buffer)
+        self.new.append(kept.permute(0, 4, 1, 2, 3))
         return buffer
 
     def settled(self, features: _Sum) -> Tensor:
@@ -113,10 +131,30 @@ def _use_channels_last(layer: nn.Conv3d) -> None:
         layer.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
 
 
+@contextmanager
+def _measured_algorithms() -> Iterator[None]:
+    """cuDNN measures its algorithms for sizes that are new to it, and torch remembers the best."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def _conv3d(layer: nn.Conv3d, features: Tensor, padding: tuple[int, int, int]) -> Tensor:
     """cuDNN's, from [B, D, H, W, C] to the same; without the bias, which costs it a pass."""
-    made = F.conv3d(features.permute(0, 4, 1, 2, 3), layer.weight, padding=padding)
+    with _measured_algorithms():
+        made = F.conv3d(features.permute(0, 4, 1, 2, 3), layer.weight, padding=padding)
     return made.permute(0, 2, 3, 4, 1).contiguous()  # dense already on a GPU
+
+
+def _pack(weight: Tensor, *, is_even: bool) -> PackedWeights | None:
+    """A causal convolution's weight for our kernel; None where cuDNN is faster."""
+    widest = max(weight.shape[:2])
+    if is_even and widest <= MOST_CHANNELS_IN_PAIRS:
+        return pack_in_pairs(weight)
+    return pack_plain(weight) if widest <= MOST_CHANNELS else None
 
 
 class _Causal:
@@ -124,22 +162,21 @@ class _Causal:
 
     Args:
         layer: its weights.
-        is_even: height and width are whole cells of two, as after an enlargement.
+        is_even: the width is whole pairs, as after an enlargement.
     """
 
     def __init__(self, layer: CausalConv3d, *, is_even: bool) -> None:
         self._layer = layer
-        widest = max(layer.in_channels, layer.out_channels)
-        is_narrow = is_even and widest <= MOST_CHANNELS_IN_CELLS
-        self._packed = pack_in_cells(layer.weight.detach()) if is_narrow else None
-        if not is_narrow:
+        self._packed = _pack(layer.weight.detach(), is_even=is_even)
+        if self._packed is None:
             _use_channels_last(layer)
 
     def __call__(self, stream: _Stream, buffer: Tensor, residual: Tensor | None = None) -> _Sum:
         bias = self._layer.bias.detach()
         if self._packed is None:
             return _Sum(_conv3d(self._layer, buffer, (0, 1, 1)), bias, residual)
-        return _Sum(stream.run.convolve(buffer, self._packed, bias=bias, residual=residual))
+        # Whoever normalises the sum reads it all anyway: the residual costs less there.
+        return _Sum(stream.run.convolve(buffer, self._packed, bias=bias), None, residual)
 
 
 def _linear(layer: nn.Conv2d | nn.Conv3d, features: Tensor, *, with_bias: bool = True) -> Tensor:
