@@ -38,8 +38,12 @@ class FusedBlocks:
 
     def prepare(self, blocks: Sequence[nn.Module]) -> None:
         """Gather what all forwards of a video share; until the next call the blocks' own
-        modulation must stay."""
-        self._own_modulation = _own_modulation(blocks)
+        modulation must stay. Its address does for good: recordings name it."""
+        own = _own_modulation(blocks)
+        if self._own_modulation is None or self._own_modulation.shape != own.shape:
+            self._own_modulation = own
+        else:
+            self._own_modulation.copy_(own)
 
     def __call__(
         self,
