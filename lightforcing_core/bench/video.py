@@ -115,7 +115,8 @@ class Video:
             tree = with_eight_bit_linears(tree)
         self.tree = tree
         self.text = random_prompt(case, tree, device)
-        self.vae = random_vae(case, device)
+        vae = random_vae(case, device)
+        self.decoder = None if vae is None else vae.new_decoder()
         self.engine: ForwardEngine | None = None
         if parts.fused or parts.graphs:
             switch = {"fused": parts.fused} if CAN_RECORD_UNFUSED else {}
@@ -125,7 +126,7 @@ class Video:
         """Free everything; the video cannot be made again."""
         if self.engine is not None:
             self.engine.release()
-        del self.tree, self.text, self.vae, self.engine
+        del self.tree, self.text, self.decoder, self.engine
         free_memory(self.device)
 
     def __call__(self, mark: Mark = lambda label, chunk: None) -> Run:
@@ -146,7 +147,7 @@ class Video:
                 times.append(made.statistics)
                 if decoding is not None:
                     marks.before_decoding()
-                    decoding.submit(made.latents)
+                    decoding.submit(made.latents, made.ready)
                 marks.chunk_done()
             decoded = [] if decoding is None else [c.seconds for c in decoding.take(wait=True)]
         seconds = wait(self.device) - begun
@@ -165,10 +166,10 @@ class Video:
         return Run(chunks, seconds, first)
 
     def _decoding(self) -> AbstractContextManager[_Beside | _InLine | None]:
-        if self.vae is None:
+        if self.decoder is None:
             return nullcontext()
-        decoder = self.vae.new_decoder()
-        return (_Beside if self.parts.beside else _InLine)(decoder, self.device)
+        self.decoder.reset()
+        return (_Beside if self.parts.beside else _InLine)(self.decoder, self.device)
 
 
 class _Beside(ChunkDecoder):
@@ -198,8 +199,8 @@ class _InLine:
     def __exit__(self, *_: object) -> None:
         self._done.clear()
 
-    def submit(self, latents: Tensor) -> None:
-        """Decode a chunk's latents to frames on the host."""
+    def submit(self, latents: Tensor, ready: torch.cuda.Event | None = None) -> None:
+        """Decode a chunk's latents to frames on the host, once the device has done all before."""
         started = wait(self._device)
         frames: np.ndarray = frames_to_uint8(self._decoder.decode(latents))
         self.finished.append(time.perf_counter())

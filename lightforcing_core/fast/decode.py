@@ -38,7 +38,7 @@ class ChunkDecoder:
     def __init__(self, decoder: StreamingDecoder, device: torch.device, *, depth: int = 2) -> None:
         """
         Args:
-            decoder: at the start of its stream. What it keeps between chunks belongs to our CUDA
+            decoder: at the start of its video. What it keeps between chunks belongs to its side
                 stream from then on, so all of a video is decoded here.
             device: where its network is.
             depth: chunks that may wait for their decoding.
@@ -50,7 +50,7 @@ class ChunkDecoder:
         self._stream: torch.cuda.Stream | None = None
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
+            self._stream = decoder.side_stream(device)
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="lightforcing-decode")
 
     def __enter__(self) -> ChunkDecoder:

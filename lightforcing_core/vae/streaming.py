@@ -146,6 +146,7 @@ class StreamingDecoder:
         self._use_kernels = use_kernels
         self._fast: FastWanDecoder | FastTAEHVDecoder | None = None
         self._fast_device: torch.device | None = None
+        self._side_stream: torch.cuda.Stream | None = None
         self._state: WanVAEState | TAEHVDecoderState | None = None
 
     @property
@@ -162,8 +163,15 @@ class StreamingDecoder:
         return _state_bytes(self._state.features if wan else self._state.memories)
 
     def reset(self) -> None:
-        """Forget the stream; the next call starts another."""
+        """Forget the stream; the next call starts another. What was made ready stays."""
         self._state = None
+
+    def side_stream(self, device: torch.device) -> torch.cuda.Stream:
+        """A CUDA stream to decode on beside other work; the same one for every video, since
+        memory that was freed on one stream serves no other."""
+        if self._side_stream is None or self._side_stream.device != device:
+            self._side_stream = torch.cuda.Stream(device)
+        return self._side_stream
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
