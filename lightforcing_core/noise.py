@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -71,15 +70,10 @@ class SeededNoise:
         is_gpu = self.device.type == "cuda"
         # From pinned memory the copy waits for nothing, and the host goes on.
         noise = torch.empty(len(frames), *self.shape, pin_memory=is_gpu)
-
-        def draw(place: int) -> None:
-            key = np.array([self.seed, frames[place] << 16 | step], dtype=np.uint64)
+        for plane, frame in zip(noise, frames, strict=True):
+            key = np.array([self.seed, frame << 16 | step], dtype=np.uint64)
             generator = np.random.Generator(np.random.Philox(key=key))
-            generator.standard_normal(dtype=np.float32, out=noise[place].numpy())
-
-        # A frame takes a millisecond or two, in which a GPU would wait; NumPy lets threads draw.
-        with ThreadPoolExecutor(len(frames)) as pool:
-            list(pool.map(draw, range(len(frames))))
+            generator.standard_normal(dtype=np.float32, out=plane.numpy())
         return noise.to(self.device, non_blocking=True).movedim(0, 2).contiguous()
 
     def initial(self, frames: Sequence[int]) -> Tensor:
