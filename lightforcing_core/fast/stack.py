@@ -38,12 +38,17 @@ class FusedBlocks:
 
     def prepare(self, blocks: Sequence[nn.Module]) -> None:
         """Gather what all forwards of a video share; until the next call the blocks' own
-        modulation must stay. Its address does for good: recordings name it."""
-        own = _own_modulation(blocks)
-        if self._own_modulation is None or self._own_modulation.shape != own.shape:
+        modulation must stay. Its address does for good: recordings name it. Only what was made in
+        inference mode, where nothing can be written from outside, gets another, and its recordings
+        go too (`ForwardEngine.attention`)."""
+        own, held = _own_modulation(blocks), self._own_modulation
+        is_closed = (
+            held is not None and held.is_inference() and not torch.is_inference_mode_enabled()
+        )
+        if held is None or held.shape != own.shape or is_closed:
             self._own_modulation = own
         else:
-            self._own_modulation.copy_(own)
+            held.copy_(own)
 
     def __call__(
         self,
