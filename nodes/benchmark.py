@@ -167,6 +167,7 @@ def _describe(
         "video": f"{length} frames of {width}x{height}",
         "chunks": f"{len(settings.chunk_lengths())} of {settings.frames_per_chunk} latent frames, "
         f"{len(settings.steps)} steps, {history}",
+        "forwards": info.speed,
         "attention": attention,
         "vae": vae,
     }

@@ -33,13 +33,15 @@ class ChunkRun:
         extra_args: dict[str, Any],
         callback: StepCallback | None,
         total_steps: int,
+        dtype: torch.dtype,
     ) -> None:
         """
         Args:
-            model_wrap: the guider.
+            model_wrap: the guider; its conditions are this run's own copies.
             extra_args: what it gave its sampler; its model options are this run's own copy.
             callback: told of every denoising step.
             total_steps: denoising steps of the whole video.
+            dtype: of the forwards.
         """
         self._model = model_wrap
         self._extra_args = extra_args
@@ -48,7 +50,9 @@ class ChunkRun:
         self._steps_done = 0
         self._call: ModelCall | None = None
         self._answers = 0
-        self._schedule = schedule_of(model_wrap.conds.get("positive", []))
+        conds = model_wrap.conds.get("positive", [])
+        self._schedule = schedule_of(conds)
+        _bring_prompts(conds, model_wrap.model_patcher.load_device, dtype)
         self._texts: dict[int, TextContext] = {}
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -124,7 +128,22 @@ class ChunkRun:
         number, embeds = 0, context
         if self._schedule is not None:
             number, embeds = prompt_at(self._schedule, frame)
-            embeds = embeds.to(context).expand(context.shape[0], -1, -1)
         if number not in self._texts:
+            embeds = embeds.to(context).expand(context.shape[0], -1, -1)
             self._texts[number] = prepare_text(tree, embeds)
         return self._texts[number]
+
+
+def _bring_prompts(
+    conds: Sequence[dict[str, Any]], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Have prompts where and as the model takes them.
+
+    ComfyUI leaves them in the host's memory and sends them with every forward, for which the host
+    waits until the device has done all that was asked of it before.
+    """
+    for cond in conds:
+        found = cond.get("model_conds", {})
+        prompt = found.get("c_crossattn")
+        if isinstance(getattr(prompt, "cond", None), Tensor):
+            found["c_crossattn"] = prompt._copy_with(prompt.cond.to(device, dtype))

@@ -42,6 +42,10 @@ _told: set[str] = set()
 _seen: WeakKeyDictionary[Any, dict[Hashable, set[Hashable]]] = WeakKeyDictionary()
 
 
+class _NotRecordedError(Exception):
+    """A forward could not be recorded."""
+
+
 class HostedEngine(ForwardEngine):
     """A `ForwardEngine` over weights that ComfyUI may move while it runs.
 
@@ -93,12 +97,27 @@ class HostedEngine(ForwardEngine):
             self._is_plain = bool(obstacles)
             if obstacles:
                 log.warning("forwards as they stand from here on: %s", "; ".join(obstacles))
+        arguments = x, timesteps, frame_indices, text, attend, positions
         # A compiled MODEL cannot record graphs of its own within.
         if self._is_plain or torch.compiler.is_compiling():
-            return wan_forward(
-                self._host_tree, x, timesteps, frame_indices, text, attend, positions
-            )
-        return super().__call__(x, timesteps, frame_indices, text, attend, positions)
+            return wan_forward(self._host_tree, *arguments)
+        try:
+            return super().__call__(*arguments)
+        except _NotRecordedError as error:
+            # As text, and left behind: an error holds the tensors of where it was raised.
+            log.warning("forwards are not recorded as CUDA graphs from here on: %s", str(error))
+        self.forget_recordings()
+        self._graphs = False
+        return super().__call__(*arguments)
+
+    def _record(self, *arguments: Any) -> Any:
+        """As `ForwardEngine`. It fails where another node's code waits for the device, or memory is
+        short; nothing has been computed then."""
+        try:
+            return super()._record(*arguments)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()
+            raise _NotRecordedError(reason[0] if reason else type(error).__name__) from error
 
     def _has_moved(self) -> bool:
         """Whether weights have changed places since this was last asked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,8 @@ def _weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _build(state: dict[str, Tensor], dtype: torch.dtype, disable_dynamic: bool) -> ModelPatcher:
-    # Only versions that know the argument ask for it.
-    newer = {"disable_dynamic": True} if disable_dynamic else {}
+    # Only versions that know the argument ask for it, or get it.
+    newer = {"disable_dynamic": True} if disable_dynamic or _stays_whole(state, dtype) else {}
     # The flag makes ComfyUI 0.21 and newer build its causal class; older ones ignore it.
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state, model_options={"dtype": dtype}, metadata=file_metadata({}), **newer
@@ -123,6 +124,21 @@ def _build(state: dict[str, Tensor], dtype: torch.dtype, disable_dynamic: bool) 
             "this version of ComfyUI does not recognise Wan 2.1 weights; update ComfyUI"
         )
     return patcher
+
+
+def _stays_whole(state: dict[str, Tensor], dtype: torch.dtype) -> bool:
+    """Whether a newer ComfyUI is asked not to bring these weights piece by piece as they are
+    needed: the fast engine wants them to stay. They are moved as one then, as older versions do.
+
+    For models that take at most half of the GPU.
+    """
+    management = comfy.model_management
+    device = management.get_torch_device()
+    arguments = inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters
+    if device.type != "cuda" or "disable_dynamic" not in arguments:
+        return False
+    needed = dtype.itemsize * sum(tensor.numel() for tensor in state.values())
+    return 2 * needed <= management.get_total_memory(device)
 
 
 def _set_shift(patcher: ModelPatcher, shift: float) -> None:

@@ -81,6 +81,7 @@ class RunInfo:
             changed.
         settings: lengths, steps and window as they have come out.
         given_frames: latent frames the video begins with.
+        speed: what runs the forwards: 'plain', 'fast' or 'fp8'.
         spec: of the key/value cache: the model's layers and heads, tokens of a frame.
     """
 
@@ -88,6 +89,7 @@ class RunInfo:
     settings: RolloutSettings
     given_frames: int
     spec: CacheSpec
+    speed: str
 
     @property
     def timeline(self) -> Timeline:
@@ -216,9 +218,10 @@ class ChunkSampler(comfy.samplers.Sampler):
             source = PartialNoise(source, latent_image, float(sigmas[0]))
 
         lengths = settings.chunk_lengths(given_frames)
-        run = ChunkRun(model_wrap, extra_args, callback, total_steps=_steps(settings, lengths))
+        run = ChunkRun(model_wrap, extra_args, callback, _steps(settings, lengths), dtype)
         parts = [] if given is None else [given.to(noise)]
-        info = RunInfo(choice, settings, given_frames, spec)
+        speed = "plain" if engine is None else self.settings.speed
+        info = RunInfo(choice, settings, given_frames, spec, "fast" if speed == "auto" else speed)
         with (self.watch or unwatched)(info) as watcher, run:
             chunks = rollout(
                 tree,
@@ -395,7 +398,10 @@ def sample_chunks(
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive})
     latent_image = comfy.sample.fix_empty_latent_channels(model, latent_image)
-    noise = comfy.sample.prepare_noise(latent_image, seed)
+    if settings.noise == "native":
+        noise = comfy.sample.prepare_noise(latent_image, seed)
+    else:  # these rules draw their own; drawn here it would take the host as long as a step
+        noise = torch.ones_like(latent_image)
     sampler = ChunkSampler(settings, watch, also_load, also_bytes)
     samples = guider.sample(noise, latent_image, sampler, sigmas, callback=callback, seed=seed)
     return samples.to(comfy.model_management.intermediate_device())

@@ -569,6 +569,67 @@ def test_auto_does_without_the_engine_rather_than_without_memory(model, monkeypa
     assert first._seen is second._seen and first._seen is not other._seen
 
 
+def test_forwards_that_cannot_be_recorded_run_all_the_same(
+    model, prompt, fused, monkeypatch, caplog
+):
+    """Another node's layer that waits for the device, or memory that is short."""
+    expected = sample(with_sparsity(model), prompt)
+    attention = ours("lightforcing_core.fast.attention").FastSparseAttention
+    tried = []
+
+    def record(self, *arguments):
+        tried.append(self)
+        raise torch.OutOfMemoryError("operation not permitted when stream is capturing\nmore")
+
+    create = engines.HostedEngine.__init__
+
+    def recording(self, *arguments, **more):
+        create(self, *arguments, **more)
+        self._graphs = True
+
+    monkeypatch.setattr(attention, "is_recordable", True)
+    monkeypatch.setattr(engines.ForwardEngine, "_record", record)
+    monkeypatch.setattr(engines.HostedEngine, "__init__", recording)
+    assert torch.equal(sample(with_sparsity(model), prompt), expected)
+    assert len(tried) == 1
+    assert "not recorded as CUDA graphs from here on: operation not permitted" in caplog.text
+    tried.clear()
+    assert alive(fused) == 0 and caches_alive() == 0
+
+
+def test_prompts_lie_where_and_as_the_model_takes_them(model, prompt):
+    """ComfyUI would send and round them anew in every forward."""
+    cast = model.clone()
+    cast.set_model_compute_dtype(torch.bfloat16)
+    kinds = set()
+
+    def listen(executor, x, t, concat, context, *others, **more):
+        kinds.add((context.dtype, context.device))
+        return executor(x, t, concat, context, *others, **more)
+
+    cast.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, listen)
+    sample(cast, prompt)
+    assert kinds == {(torch.bfloat16, torch.device("cpu"))}
+
+
+def test_newer_versions_keep_models_that_fit_whole(monkeypatch):
+    """The engine needs weights that stay; dynamic memory is for models that take more."""
+    loading = ours("nodes.adapter.loading")
+    management = comfy.model_management
+    state = {"a": torch.zeros(50, 10)}
+    bf16 = torch.bfloat16
+    monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(management, "get_total_memory", lambda _: 2000)
+    monkeypatch.setattr(
+        comfy.sd, "load_diffusion_model_state_dict", lambda sd, disable_dynamic=False: None
+    )
+    assert loading._stays_whole(state, bf16) and not loading._stays_whole(state, torch.float32)
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", lambda sd: None)
+    assert not loading._stays_whole(state, bf16)
+    monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cpu"))
+    assert not loading._stays_whole(state, bf16)
+
+
 def test_what_was_compiled_is_forgotten_with_the_model(monkeypatch):
     monkeypatch.setattr(engines, "engine_obstacles", lambda *args, **kinds: [])
     patcher, tree = comfy_wan(comfy.ops.disable_weight_init, torch.bfloat16)
@@ -1066,7 +1127,13 @@ def test_benchmark_says_how_fast_and_where_the_time_goes(loaded) -> None:
     size = {"width": 128, "height": 64, "length": 33, "videos": 2}
     report, picture = run_node("Benchmark", model=with_sparsity(model), vae=vae, **size)
     facts = ["33 frames of 128x64", "torch " + torch.__version__, "3 of 3 latent frames"]
-    facts += ["chunk_aware", "2 after one to warm up", "ComfyUI    0.", "every frame on the host"]
+    facts += [
+        "chunk_aware",
+        "forwards   plain",
+        "2 after one to warm up",
+        "ComfyUI    0.",
+        "every frame on the host",
+    ]
     for fact in facts:
         assert fact in report, fact
     speeds = [float(line.split()[0]) for line in report.splitlines() if "frames per second" in line]
