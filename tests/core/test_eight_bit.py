@@ -20,11 +20,13 @@ from lightforcing.lightforcing_core.fast.linears import (
 )
 from lightforcing.lightforcing_core.noise import SeededNoise
 from lightforcing.lightforcing_core.rollout import RolloutSettings, rollout
+from lightforcing.lightforcing_core.sparse_settings import SparseSettings, make_schedule
 from lightforcing.lightforcing_core.wan.config import WanConfig
 from lightforcing.lightforcing_core.wan.forward import prepare_text
 from lightforcing.lightforcing_core.wan.modules import WanModel
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUMBERS = pytest.mark.parametrize("numbers", [torch.float8_e4m3fn, torch.int8], ids=["fp8", "int8"])
 # What rounding rows of normal numbers to eight bits costs: e4m3 has steps of 1/8 of a number, int8
 # of 1/127 of the largest in its row.
@@ -52,6 +54,11 @@ def video(tree: nn.Module, like: WanModel, *, fused: bool) -> Tensor:
         return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
 
+def skip_if_it_cannot(numbers: torch.dtype) -> None:
+    if DEVICE.type == "cuda" and (obstacle := eight_bit_obstacle(DEVICE, torch.bfloat16, numbers)):
+        pytest.skip(obstacle)
+
+
 def dequantised(layer: EightBitLinear) -> Tensor:
     return layer.weight.double() * layer.scale.double().t()
 
@@ -76,10 +83,11 @@ def test_a_product_is_that_of_the_dequantised_numbers(
     numbers: torch.dtype, rows: int, has_bias: bool
 ) -> None:
     """Of both sides: nothing but the result is rounded."""
-    weight = (torch.randn(48, 64) * 40).clamp(-127, 127).to(numbers)
-    bias = torch.randn(48).bfloat16() if has_bias else None
+    skip_if_it_cannot(numbers)
+    weight = (torch.randn(48, 64, device=DEVICE) * 40).clamp(-127, 127).to(numbers)
+    bias = torch.randn(48, device=DEVICE).bfloat16() if has_bias else None
     layer = EightBitLinear.of(weight, torch.rand(48, 1), bias, torch.bfloat16)
-    x = torch.randn(2, rows // 2, 64).bfloat16()
+    x = torch.randn(2, rows // 2, 64, device=DEVICE).bfloat16()
     x[0, 0] = 0
     rounded, scale = layer.round(x.flatten(0, 1))
     exact = (rounded.double() * scale.double()) @ dequantised(layer).t()
@@ -94,8 +102,9 @@ def test_a_product_is_that_of_the_dequantised_numbers(
 @NUMBERS
 def test_rounding_a_layer_costs_little(numbers: torch.dtype) -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(256, 96).bfloat16().requires_grad_(False)
-    x = torch.randn(50, 256).bfloat16()
+    skip_if_it_cannot(numbers)
+    linear = nn.Linear(256, 96, device=DEVICE).bfloat16().requires_grad_(False)
+    x = torch.randn(50, 256, device=DEVICE).bfloat16()
     exact = linear.double()(x.double())
     got = EightBitLinear(linear.bfloat16(), numbers=numbers)(x)
     assert 0 < (got.double() - exact).norm() / exact.norm() < TOLERANCE[numbers]
@@ -181,3 +190,23 @@ def test_widths_that_no_product_takes_are_refused() -> None:
     )
     with pytest.raises(UserError, match=r"cannot be used: they need widths .* multiples of 8, not"):
         with_eight_bit_linears(WanModel(config), torch.int8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@NUMBERS
+def test_a_forward_on_the_gpu_is_within_five_percent(numbers: torch.dtype) -> None:
+    """Fused and recorded; the first chunk is one dense forward, the second is sparse."""
+    skip_if_it_cannot(numbers)
+    torch.manual_seed(5)
+    config = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64, text_len=32)
+    tree = WanModel(config).requires_grad_(False).cuda().bfloat16()
+    with torch.no_grad():
+        text = prepare_text(tree, torch.randn(1, 20, 64).cuda().bfloat16())
+    settings = RolloutSettings(6, 3, (1000.0,), sparse=SparseSettings(schedule=make_schedule(0.5)))
+    videos = []
+    for one in (tree, with_eight_bit_linears(tree, numbers)):
+        noise = SeededNoise(4, (1, 16, 60, 104), DEVICE)
+        chunks = rollout(one, settings, text, noise, engine=ForwardEngine(one))
+        videos.append(torch.cat([chunk.latents for chunk in chunks], dim=2).float())
+    assert 0 < (videos[1] - videos[0]).norm() / videos[0].norm() < 0.05
