@@ -299,7 +299,7 @@ def _row_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
             "first": (None, None, table, table),
             "rms": (None, None, weight, None),
         }[kind]
-        return plan_add_norm(x, branch, gate, gain, shift, x, out, scales, 1e-6, kind == "rms")
+        return plan_add_norm(x, branch, gate, gain, shift, out, scales, 1e-6, kind == "rms")
 
     def row_scales(columns: int) -> Launch:
         x = _meta(1, 4680, columns)
@@ -329,12 +329,16 @@ def _channel_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
         has_residual: bool,
         batch: int = 1,
         slices: int = 12,
+        is_normalised: bool = False,
     ) -> Launch:
         weights = pack(_meta(*sizes, 3, 3))
         x = _meta(batch, slices + weights.depth_taps - 1, 480, 832, weights.channels)
         out, bias = _meta(*weights.out_shape(x)), _meta(weights.out_channels)
         residual = out if has_residual else None
-        return plan_convolution(x, weights, bias, residual, out, is_rectified=True, capability=arch)
+        gain = bias if is_normalised else None
+        return plan_convolution(
+            x, weights, bias, residual, out, gain=gain, is_rectified=gain is None, capability=arch
+        )
 
     def planes(channels: int, taps: int) -> Launch:
         weights = pack_in_cells(_meta(3, channels, taps, 3, 3))
@@ -370,12 +374,16 @@ def _channel_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
             name = f"convolution {kind} {'x'.join(map(str, sizes))}{' sum' if has_residual else ''}"
             arguments = pack, sizes, has_residual
             yield name, lambda arguments=arguments: convolution(*arguments)
-    # Fewer slices of one program, for short videos and first chunks.
+    # Normalised; also fewer slices of one program, for short videos and first chunks.
     for (kind, pack, sizes), slices in itertools.product(
-        (("pairs", pack_in_pairs, (24, 24, 3)), ("plain", pack_plain, (48, 48, 3))), (1, 2, 3)
+        (("pairs", pack_in_pairs, (24, 24, 3)), ("plain", pack_plain, (48, 48, 3))),
+        (1, 2, 3, 12),
     ):
-        arguments = pack, sizes, False, 1, slices
-        yield f"convolution {kind} {sizes[0]} slices {slices}", partial(convolution, *arguments)
+        arguments = pack, sizes, False, 1, slices, True
+        yield (
+            f"convolution {kind} {sizes[0]} norm slices {slices}",
+            partial(convolution, *arguments),
+        )
     # Batches beyond 32-bit offsets.
     for sizes in ((256, 256, 1), (64, 64, 1)):
         name = f"convolution plain {'x'.join(map(str, sizes))} sum large"

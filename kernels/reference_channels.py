@@ -227,12 +227,18 @@ def _convolve(x: Tensor, weights: PackedWeights) -> Tensor:
     return out
 
 
+def _normalised(value: Tensor, gain: Tensor) -> Tensor:
+    norm = value.square().sum(-1, keepdim=True).sqrt()
+    return value * (value.shape[-1] ** 0.5 / norm.clamp_min(_NORM_EPS)) * gain.to(value.dtype)
+
+
 def convolve_channels(
     x: Tensor,
     weights: PackedWeights,
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    gain: Tensor | None = None,
     is_rectified: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -243,6 +249,8 @@ def convolve_channels(
         weights: packed by one of the functions here, in x's dtype.
         bias: [out channels].
         residual: added after the bias, in the output's shape, slices as in x.
+        gain: [out channels]; the sum is normalised with it and activated, as `normalise_channels`
+            does, before it is rounded.
         is_rectified: negative results become zero.
         out: where the result goes, slices as in x, not the residual; None: new memory.
 
@@ -257,6 +265,8 @@ def convolve_channels(
         made = made + bias.to(made.dtype)
     if residual is not None:
         made = made + residual.to(made.dtype)
+    if gain is not None:
+        made = F.silu(_normalised(made, gain))
     if is_rectified:
         made = made.relu()
     if out is None:
@@ -357,8 +367,7 @@ def normalise_channels(
         total.copy_(value)
     if gain is None:
         return None
-    norm = value.square().sum(-1, keepdim=True).sqrt()
-    value = value * (x.shape[-1] ** 0.5 / norm.clamp_min(_NORM_EPS)) * gain.to(wide)
+    value = _normalised(value, gain)
     if is_activated:
         value = F.silu(value)
     if kept is None:

@@ -28,15 +28,15 @@ def add_norm(
     eps: float,
     rms: bool = False,
     eight_bit: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | Rounded]:
-    """A residual sum, and the norm of its rows for what comes next.
+) -> Tensor | Rounded:
+    """A residual sum, in place, and the norm of its rows for what comes next.
 
     Rows belong to segments of equal length, one after the other; gate, gain and shift have a row
     for each segment, and one row is for all.
 
     Args:
-        hidden: [N, C].
-        branch: [N, C], added; None: nothing is.
+        hidden: [N, C], to which branch * gate is added.
+        branch: [N, C]; None: nothing is added.
         gate: [segments, C], factor of the branch; None: one.
         gain, shift: [segments, C], of the normed rows; None: one and zero.
         eps: of the norm.
@@ -45,9 +45,8 @@ def add_norm(
             None: hidden's type.
 
     Returns:
-        hidden + branch * gate in hidden's type (hidden itself without a branch), and the norm of
-        that sum as stored, computed in float32 and rounded once: [N, C] in hidden's type, or
-        `Rounded`.
+        The norm of the sum as stored, computed in float32 and rounded once: [N, C] in hidden's
+        type, or `Rounded`.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -60,7 +59,7 @@ def add_norm(
 
     if branch is not None:
         added = branch.to(wide) if gate is None else branch.to(wide) * rows(gate)
-        hidden = (hidden.to(wide) + added).to(hidden.dtype)
+        hidden.copy_(hidden.to(wide) + added)
     x = hidden.to(wide)
     if not rms:
         x = x - x.mean(1, keepdim=True)
@@ -69,7 +68,7 @@ def add_norm(
         x = x * rows(gain)
     if shift is not None:
         x = x + rows(shift)
-    return hidden, _rounded(x, eight_bit) if eight_bit else x.to(hidden.dtype)
+    return _rounded(x, eight_bit) if eight_bit else x.to(hidden.dtype)
 
 
 def round_rows(x: Tensor, to: torch.dtype = torch.float8_e4m3fn, *, gelu: bool = False) -> Rounded:

@@ -43,6 +43,7 @@ def convolve_kernel(
     weight,
     bias,
     residual,
+    gain,
     out,
     scale,
     shift,
@@ -192,6 +193,19 @@ def convolve_kernel(
                 first = ((batch * residual_slices + slice_out + f) * size + within) * OUT_CHANNELS
                 more = tl.load(residual + (first[:, None] + offset), mask=is_made, other=0.0)
                 result += more.to(tl.float32)
+            if gain is not None:
+                # As in `normalise_kernel`; a tile holds all channels of CELL_WIDE positions.
+                squares = result * result
+                factor = tl.zeros_like(result)
+                for g in tl.static_range(CELL_WIDE):
+                    is_own = (n // OUT_CHANNELS == g)[None, :]
+                    norm = tl.sqrt(tl.sum(tl.where(is_own, squares, 0.0), 1))
+                    length = tl.sqrt(OUT_CHANNELS * 1.0) / tl.maximum(norm, 1e-12)
+                    factor = tl.where(is_own, length[:, None], factor)
+                result *= factor
+                gains = tl.load(gain + channel, mask=is_result, other=0.0).to(tl.float32)
+                result *= gains[None, :]
+                result = result / (1.0 + tl.exp(-result))
             if IS_RECTIFIED:
                 # Not a maximum, which would turn NaN to zero.
                 result = tl.where(result < 0.0, 0.0, result)
@@ -255,6 +269,7 @@ def convolve_channels_triton(
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    gain: Tensor | None = None,
     is_rectified: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -266,6 +281,9 @@ def convolve_channels_triton(
     shape = weights.out_shape(x)
     _check_convolution(x, weights, {"residual": residual, "out": out})
     check_vector("bias", bias, x, shape[-1])
+    check_vector("gain", gain, x, shape[-1])
+    if gain is not None and (weights.cell[0] > 1 or weights.results > weights.block_n):
+        raise ValueError("gain needs windows of a row whose results fit one tile")
     check_same_shape("residual", residual, shape)
     check_same_shape("out", out, shape)
     if out is None:
@@ -274,7 +292,9 @@ def convolve_channels_triton(
         # Programs may make a slice twice.
         raise ValueError("out must not be the residual")
     if out.numel():
-        plan_convolution(x, weights, bias, residual, out, is_rectified=is_rectified).run()
+        plan_convolution(
+            x, weights, bias, residual, out, gain=gain, is_rectified=is_rectified
+        ).run()
     return out
 
 
@@ -358,6 +378,7 @@ def plan_convolution(
     residual: Tensor | None,
     out: Tensor,
     *,
+    gain: Tensor | None = None,
     is_rectified: bool = False,
     to_planes: bool = False,
     scale: float = 1.0,
@@ -387,6 +408,7 @@ def plan_convolution(
         "weight": weights.matrix,
         "bias": bias,
         "residual": residual,
+        "gain": gain,
         "out": out,
         "scale": scale,
         "shift": shift,

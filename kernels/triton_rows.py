@@ -23,7 +23,7 @@ MOST_COLUMNS = 16384
 
 
 @triton.jit
-def _sum(hidden, branch, gate, total, at, mask):
+def _sum(hidden, branch, gate, at, mask):
     """Some numbers of a row with the branch added, as they are stored."""
     value = tl.load(hidden + at, mask=mask, other=0.0)
     if branch is not None:
@@ -31,7 +31,7 @@ def _sum(hidden, branch, gate, total, at, mask):
         if gate is not None:
             more *= tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
         value = (value.to(tl.float32) + more).to(value.dtype)
-        tl.store(total + at, value, mask=mask)
+        tl.store(hidden + at, value, mask=mask)
     return value.to(tl.float32)
 
 
@@ -93,12 +93,11 @@ def _narrow(x, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["columns", "segment_rows"])
 def add_norm_kernel(
-    hidden,  # [N, C]
+    hidden,  # [N, C], gets hidden + branch * gate
     branch,  # [N, C] or None
     gate,  # [segments, C] or None, rows any distance apart; so are gain and shift
     gain,
     shift,
-    total,  # [N, C], hidden + branch * gate
     out,  # [N, C]
     scales,  # [N], for eight-bit numbers
     columns,
@@ -117,7 +116,6 @@ def add_norm_kernel(
     segment = (row // segment_rows).to(tl.int64)
     start = row.to(tl.int64) * columns
     hidden += start
-    total += start
     out += start
     if branch is not None:
         branch += start
@@ -129,11 +127,11 @@ def add_norm_kernel(
         shift += segment * shift_stride
     at = tl.arange(0, BLOCK)
     mask = at < BLOCK
-    x = _sum(hidden, branch, gate, total, at, mask)
+    x = _sum(hidden, branch, gate, at, mask)
     if REST > 0:
         rest_at = BLOCK + tl.arange(0, REST)
         rest_mask = rest_at < columns
-        rest = _sum(hidden, branch, gate, total, rest_at, rest_mask)
+        rest = _sum(hidden, branch, gate, rest_at, rest_mask)
     if not IS_RMS:
         mean = tl.sum(x, 0)
         if REST > 0:
@@ -210,7 +208,7 @@ def add_norm_triton(
     eps: float,
     rms: bool = False,
     eight_bit: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | Rounded]:
+) -> Tensor | Rounded:
     """`reference_rows.add_norm` in one launch; hidden and branch contiguous.
 
     Raises:
@@ -230,12 +228,11 @@ def add_norm_triton(
             )
     if eight_bit is not None:
         check_eight_bit(eight_bit, LARGEST)
-    total = hidden if branch is None else torch.empty_like(hidden)
     out = torch.empty_like(hidden, dtype=eight_bit or hidden.dtype)
     scales = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
     if hidden.numel():
-        plan_add_norm(hidden, branch, gate, gain, shift, total, out, scales, eps, rms).run()
-    return total, (out, scales) if eight_bit else out
+        plan_add_norm(hidden, branch, gate, gain, shift, out, scales, eps, rms).run()
+    return (out, scales) if eight_bit else out
 
 
 def round_rows_triton(
@@ -264,7 +261,6 @@ def plan_add_norm(
     gate: Tensor | None,
     gain: Tensor | None,
     shift: Tensor | None,
-    total: Tensor,
     out: Tensor,
     scales: Tensor,
     eps: float,
@@ -281,7 +277,6 @@ def plan_add_norm(
         "hidden": hidden,
         "branch": branch,
         **by_segment,
-        "total": total,
         "out": out,
         "scales": scales,
         "columns": hidden.shape[1],
@@ -292,7 +287,7 @@ def plan_add_norm(
         "LARGEST": LARGEST.get(out.dtype, 0.0),
         **row_pieces(hidden.shape[1]),
     }
-    return Launch(add_norm_kernel, (len(hidden),), arguments, row_warps(hidden.shape[1], 32))
+    return Launch(add_norm_kernel, (len(hidden),), arguments, row_warps(hidden.shape[1], 64))
 
 
 def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launch:

@@ -19,7 +19,7 @@ FUSED_DTYPES = (torch.bfloat16, torch.float16)
 class FusedOperations:
     """With the signatures of their twins in `kernels.reference` and `kernels.reference_rows`."""
 
-    add_norm: Callable[..., tuple[Tensor, Any]]
+    add_norm: Callable[..., Any]
     round_rows: Callable[..., tuple[Tensor, Tensor]]
     project_blocks: Callable[..., tuple[Tensor, Tensor | None]]
     scale_sums: Callable[..., Tensor]

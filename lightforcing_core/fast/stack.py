@@ -65,21 +65,21 @@ class FusedBlocks:
         # Shift, gain and gate of self-attention and of the feed-forward, float32
         # [layers, 6, B * F, dim].
         table = own.to(modulation.device) + modulation.float().flatten(0, 1).transpose(0, 1)
-        rows = hidden.reshape(-1, shape[2]).contiguous()
+        rows = hidden.reshape(-1, shape[2]).contiguous()  # the sums are made in place
         normed: Normed | None = None
         for layer, block in enumerate(blocks):
             shift1, gain1, gate1, shift2, gain2, gate2 = table[layer]
             out = block.self_attn.o
             eight_bit = out.numbers if isinstance(out, EightBitLinear) else None
             if layer == 0:
-                _, normed = self._add_norm(
+                normed = self._add_norm(
                     rows, gain=gain1, shift=shift1, eps=block.norm1.eps, eight_bit=eight_bit
                 )
             branch = self._self_attention(
                 block.self_attn, layer, normed, shape, num_heads, positions, attend
             )
             norm = block.norm3
-            rows, normed = self._add_norm(
+            normed = self._add_norm(
                 rows,
                 branch,
                 gate1,
@@ -91,13 +91,13 @@ class FusedBlocks:
             branch = self._cross_attention(
                 block.cross_attn, normed, text.keys[layer], text.values[layer]
             )
-            rows, normed = self._add_norm(
+            normed = self._add_norm(
                 rows, branch, gain=gain2, shift=shift2, eps=block.norm2.eps, eight_bit=eight_bit
             )
             branch = self._feed_forward(block.ffn, normed)
             if layer + 1 < len(blocks):
                 shift, gain = table[layer + 1, :2]
-                rows, normed = self._add_norm(
+                normed = self._add_norm(
                     rows,
                     branch,
                     gate2,
@@ -107,7 +107,7 @@ class FusedBlocks:
                     eight_bit=eight_bit,
                 )
             else:
-                rows, _ = self._add_norm(rows, branch, gate2, eps=block.norm2.eps)
+                self._add_norm(rows, branch, gate2, eps=block.norm2.eps)
         return rows.view(shape)
 
     def _self_attention(
@@ -141,7 +141,7 @@ class FusedBlocks:
     ) -> Tensor:
         q = self._linear(attention.q, normed)
         norm = attention.norm_q
-        _, q = self._add_norm(q, gain=_row(norm.weight, q), eps=norm.eps, rms=True)
+        q = self._add_norm(q, gain=_row(norm.weight, q), eps=norm.eps, rms=True)
         batch, _, num_heads, head_dim = text_keys.shape
         attended = dense_attention(q.view(batch, -1, num_heads, head_dim), text_keys, text_values)
         return self._linear(attention.o, attended.reshape(len(q), -1))
