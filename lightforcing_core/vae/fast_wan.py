@@ -171,6 +171,18 @@ class _Causal:
         if self._packed is None:
             _use_channels_last(layer)
 
+    def normalised(self, stream: _Stream, buffer: Tensor, gain: Tensor) -> Tensor:
+        """The buffer of the next causal convolution: SiLU of this one's normalised result."""
+        if self._packed is None:
+            return stream.normalised(self(stream, buffer), gain, keep_sum=False)
+        batch, time, height, width, _ = self._packed.out_shape(buffer)
+        made = stream.extended(buffer.new_empty(batch, 0, height, width, len(gain)), time)
+        out = made[:, _CACHED_FRAMES:]
+        bias = self._layer.bias.detach()
+        stream.run.convolve(buffer, self._packed, bias=bias, gain=gain, out=out)
+        stream.keep(made)
+        return made
+
     def __call__(self, stream: _Stream, buffer: Tensor, residual: Tensor | None = None) -> _Sum:
         bias = self._layer.bias.detach()
         if self._packed is None:
@@ -194,8 +206,7 @@ class _Residual:
 
     def __call__(self, stream: _Stream, features: _Sum) -> _Sum:
         buffer = stream.normalised(features, self._gains[0], keep_sum=True)
-        hidden = self._first(stream, buffer)
-        buffer = stream.normalised(hidden, self._gains[1], keep_sum=False)
+        buffer = self._first.normalised(stream, buffer, self._gains[1])
         shortcut = features.x
         if isinstance(self._shortcut, nn.Conv3d):
             shortcut = _linear(self._shortcut, shortcut)

@@ -221,6 +221,26 @@ def test_normalisation(
     torch.testing.assert_close(total.double(), sums, **close)
 
 
+@pytest.mark.parametrize(("kind", "channels"), [("plain", 48), ("pairs", 24), ("pairs", 6)])
+def test_a_convolution_may_normalise_its_result(
+    kind: str, channels: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    _, packed = make(kind, channels, channels, 3, device=device, dtype=dtype)
+    x = torch.randn(2, 5, 4, 6, channels, device=device).to(dtype)
+    x[1, :, :3, :3] = 0  # one vector without length
+    gain = torch.randn(channels, device=device).to(dtype)
+    residual = torch.randn(packed.out_shape(x), device=device).to(dtype)
+    residual[1, :, 0, 0] = 0
+    made = convolve_channels_triton(x, packed, residual=residual, gain=gain)
+    wide = replace(packed, matrix=packed.matrix.double())
+    total = convolve_channels(x.double(), wide, residual=residual.double())
+    tolerance = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(made.double(), normalise_channels(total, gain.double()), **close)
+    twin = convolve_channels(x, packed, residual=residual, gain=gain)
+    torch.testing.assert_close(made, twin, **close)
+
+
 @pytest.mark.parametrize("slices", [1, 2, 5])
 @pytest.mark.parametrize("has_past", [True, False])
 def test_normalisation_behind_slices_of_before(
@@ -259,6 +279,8 @@ def test_what_does_not_fit_is_refused(device: torch.device, dtype: torch.dtype) 
     with pytest.raises(ValueError, match="residual must be"):
         convolve_channels_triton(x, packed, residual=x)
     both = torch.zeros(packed.out_shape(x), device=device, dtype=dtype)
+    with pytest.raises(ValueError, match="results fit one tile"):
+        convolve_channels_triton(x, packed, gain=vector[:4])
     with pytest.raises(ValueError, match="out must not be the residual"):
         convolve_channels_triton(x, packed, residual=both, out=both)
     with pytest.raises(ValueError, match=r"gain must be dense \[8\]"):
