@@ -183,7 +183,7 @@ def engine_obstacles(
         obstacles.append(unlike)
     obstacles += weights_obstacles(patcher, tree, dtype)
     if eight_bit and (unable := eight_bit_obstacle(device, dtype)) is not None:
-        obstacles.append(f"of eight-bit layers, {unable}")
+        obstacles.append(f"eight-bit layers: {unable}")
     return obstacles
 
 

@@ -540,7 +540,7 @@ def test_partly_loaded_and_patched_models_as_comfyui_makes_them():
 def test_a_chosen_speed_that_cannot_be_had_says_every_reason(model, prompt, caplog):
     with pytest.raises(UserError, match="the speed 'fast' cannot be used: the kernels need a CUDA"):
         sample(model, prompt, speed="fast")
-    with pytest.raises(UserError, match=r"the kernels need .*; of eight-bit layers, they need a"):
+    with pytest.raises(UserError, match=r"the kernels need .*; eight-bit layers: they need a"):
         sample(model, prompt, speed="fp8")
     assert caches_alive() == 0
     with pytest.raises(UserError, match="no speed 'warp'; choose one of auto, plain, fast, fp8"):
