@@ -287,7 +287,9 @@ def plan_add_norm(
         "LARGEST": LARGEST.get(out.dtype, 0.0),
         **row_pieces(hidden.shape[1]),
     }
-    return Launch(add_norm_kernel, (len(hidden),), arguments, row_warps(hidden.shape[1], 64))
+    # Rounding to integers takes more registers.
+    numbers = 32 if out.dtype == torch.int8 else 64
+    return Launch(add_norm_kernel, (len(hidden),), arguments, row_warps(hidden.shape[1], numbers))
 
 
 def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launch:
