@@ -341,13 +341,19 @@ class ConvolutionTile(NamedTuple):
 
 
 def convolution_tile(
-    weights: PackedWeights, depth: int, capability: int, *, is_large: bool = False
+    weights: PackedWeights,
+    depth: int,
+    capability: int,
+    *,
+    is_large: bool = False,
+    is_sum: bool = False,
 ) -> ConvolutionTile:
     """The tile for a GPU.
 
     Args:
         depth: slices of the output before growth.
         is_large: offsets need 64 bits, and with them twice the registers.
+        is_sum: a residual is added.
     """
     if weights.block_n >= 128:
         # On Hopper this lets two programs share a multiprocessor and spills nothing; elsewhere it
@@ -360,9 +366,12 @@ def convolution_tile(
         return ConvolutionTile(
             64 if small else 128, 1, 4 if small or weights.block_n < 64 else 8, 3
         )
-    # Two stages: programs share a Hopper multiprocessor, and 99 KB suffice elsewhere.
+    # Two stages and few enough registers: three programs share a Hopper multiprocessor; and 99 KB
+    # suffice elsewhere.
     most = 2 if weights.block_n * weights.block_k == 64 * 64 else 4
-    return ConvolutionTile(64, frames_of_program(depth, weights.depth_taps, most), 4, 2)
+    frames = frames_of_program(depth, weights.depth_taps, most)
+    is_crowded = frames == 4 and weights.block_n == 64 and not is_sum
+    return ConvolutionTile(64, frames, 4, 2, 168 if capability == 90 and is_crowded else None)
 
 
 def frames_of_program(depth: int, taps: int, most: int) -> int:
@@ -401,7 +410,8 @@ def plan_convolution(
     is_large = max(map(_reach, (x, out, x if residual is None else residual))) > _MOST
     if tile is None:
         capability = compute_capability(x.device) if capability is None else capability
-        tile = convolution_tile(weights, depth, capability, is_large=is_large)
+        is_sum = residual is not None
+        tile = convolution_tile(weights, depth, capability, is_large=is_large, is_sum=is_sum)
     windows = batch * triton.cdiv(depth, tile.frames) * windows_high * windows_wide
     arguments = {
         "x": x,
