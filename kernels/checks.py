@@ -250,3 +250,20 @@ def check_sums(
             raise ValueError(f"{name} must be float32 {shape}, got {x.dtype} {tuple(x.shape)}")
     if bias is not None and bias.shape != (columns,):
         raise ValueError(f"bias must be ({columns},), got {tuple(bias.shape)}")
+
+
+def check_repeated(q: Tensor, k: Tensor, v: Tensor, distinct: Tensor) -> None:
+    """Shapes and types of `attend_repeated`'s arguments; reads no device memory.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was given.
+    """
+    if q.ndim != 4 or k.ndim != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            f"q and k must be [B, S, H, D] and agree in B, H and D, got {tuple(q.shape)} and "
+            f"{tuple(k.shape)}"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if distinct.shape != (1,) or distinct.dtype != torch.int32:
+        raise ValueError(f"distinct must be int32 [1], got {distinct.dtype} {list(distinct.shape)}")

@@ -52,6 +52,7 @@ from .triton_normalisation import plan_normalisation
 from .triton_pooling import plan_pooling
 from .triton_projection import plan_projection, plan_row_scales
 from .triton_quantisation import plan_quantisation
+from .triton_repeated import plan_repeated
 from .triton_rows import plan_add_norm, plan_round_rows
 from .triton_selection import plan_scores, plan_selection
 from .triton_sums import plan_scale_sums
@@ -122,7 +123,7 @@ def launches(arch: int) -> dict[str, Callable[[], Launch]]:
         *_attention_launches(arch),
         *_row_launches(arch),
         *_channel_launches(arch),
-        *_small_launches(),
+        *_small_launches(arch),
     ):
         found.setdefault(name, plan)
     return found
@@ -396,7 +397,7 @@ def _channel_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
         yield name, lambda arguments=arguments: normalisation(*arguments)
 
 
-def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
+def _small_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
     def pooling(head_dim: int, block: int) -> Launch:
         grid = BlockGrid(1560, block)
         x = _meta(1, 3 * grid.slot_tokens, _HEADS, head_dim)
@@ -420,6 +421,10 @@ def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
         parts = _meta(36, 3, 128, head_dim, dtype=torch.float32)
         out = _meta(1, 4680, _HEADS, head_dim)
         return plan_merge(parts, parts[..., 0], out, 396, BlockGrid(4680, 128))
+
+    def repeated(head_dim: int) -> Launch:
+        q, k = _meta(1, 4680, _HEADS, head_dim), _meta(1, 512, _HEADS, head_dim)
+        return plan_repeated(q, k, k, _meta(1, dtype=torch.int32), q, arch)
 
     def projection(head_dim: int, q_block: int, kv_block: int, heads: int, pools: bool) -> Launch:
         kv_grid = BlockGrid(1560, kv_block if pools else 1560)
@@ -447,6 +452,7 @@ def _small_launches() -> Iterator[tuple[str, Callable[[], Launch]]]:
     yield "projection d128 14B", lambda: projection(128, 128, 64, 40, True)
     yield "projection d128 dense", lambda: projection(128, 64, 64, _HEADS, False)
     for head_dim in HEAD_DIMS:
+        yield f"repeated d{head_dim}", lambda d=head_dim: repeated(d)
         yield f"merge d{head_dim}", lambda d=head_dim: merge(d)
     for head_dim, block in itertools.product(HEAD_DIMS, (16, 32, 64, 128)):
         yield f"pooling d{head_dim} b{block}", lambda d=head_dim, b=block: pooling(d, b)

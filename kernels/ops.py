@@ -6,12 +6,14 @@ from .triton_normalisation import normalise_channels_triton
 from .triton_pooling import pool_blocks_triton
 from .triton_projection import project_blocks_triton
 from .triton_quantisation import quantise_blocks_triton
+from .triton_repeated import attend_repeated_triton
 from .triton_rows import add_norm_triton, round_rows_triton
 from .triton_selection import select_blocks_triton
 from .triton_sums import scale_sums_triton
 
 __all__ = [
     "add_norm_triton",
+    "attend_repeated_triton",
     "block_sparse_attention_triton",
     "convolve_channels_triton",
     "convolve_to_planes_triton",

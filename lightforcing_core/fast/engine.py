@@ -269,15 +269,18 @@ class ForwardEngine:
 
     def _held_text(self, text: TextContext) -> TextContext:
         """The prompt at the addresses that recordings name."""
-        if self._text is None or self._text.keys[0].shape != text.keys[0].shape:
+        if self._text is None or [x.shape for x in _tensors(self._text)] != [
+            x.shape for x in _tensors(text)
+        ]:
             self.forget_recordings()
             self._text = TextContext(
-                tuple(x.clone() for x in text.keys), tuple(x.clone() for x in text.values)
+                tuple(x.clone() for x in text.keys),
+                tuple(x.clone() for x in text.values),
+                None if text.distinct is None else text.distinct.clone(),
             )
             self._text_from = text
         elif self._text_from is not text:
-            for held, given in ((self._text.keys, text.keys), (self._text.values, text.values)):
-                torch._foreach_copy_(list(held), list(given))
+            torch._foreach_copy_(_tensors(self._text), _tensors(text))
             self._text_from = text
         return self._text
 
@@ -289,6 +292,10 @@ class ForwardEngine:
                 del self._recordings[other]
         if not self._recordings:
             self._pool = None  # it went with the last graph that used it
+
+
+def _tensors(text: TextContext) -> list[Tensor]:
+    return [*text.keys, *text.values, *([] if text.distinct is None else [text.distinct])]
 
 
 def engine_for(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels import reference, reference_rows
+from ...kernels import reference, reference_repeated, reference_rows
 from ..backends import triton_obstacles
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16)
@@ -17,12 +17,18 @@ FUSED_DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class FusedOperations:
-    """With the signatures of their twins in `kernels.reference` and `kernels.reference_rows`."""
+    """With the signatures of their twins in `kernels.reference...`.
+
+    Attributes:
+        repeated_head_dims: that `attend_repeated` does; None: any.
+    """
 
     add_norm: Callable[..., Any]
     round_rows: Callable[..., tuple[Tensor, Tensor]]
     project_blocks: Callable[..., tuple[Tensor, Tensor | None]]
     scale_sums: Callable[..., Tensor]
+    attend_repeated: Callable[..., Tensor]
+    repeated_head_dims: tuple[int, ...] | None
 
 
 def fused_operations(device: torch.device) -> FusedOperations:
@@ -33,14 +39,19 @@ def fused_operations(device: torch.device) -> FusedOperations:
             reference_rows.round_rows,
             reference.project_blocks,
             reference_rows.scale_sums,
+            reference_repeated.attend_repeated,
+            None,
         )
     from ...kernels import ops
+    from ...kernels.triton_repeated import HEAD_DIMS
 
     return FusedOperations(
         ops.add_norm_triton,
         ops.round_rows_triton,
         ops.project_blocks_triton,
         ops.scale_sums_triton,
+        ops.attend_repeated_triton,
+        HEAD_DIMS,
     )
 
 

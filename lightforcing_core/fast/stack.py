@@ -34,6 +34,8 @@ class FusedBlocks:
 
     def __init__(self, operations: FusedOperations) -> None:
         self._add_norm = operations.add_norm
+        self._attend_repeated = operations.attend_repeated
+        self._repeated_head_dims = operations.repeated_head_dims
         self._own_modulation: Tensor | None = None
 
     def prepare(self, blocks: Sequence[nn.Module]) -> None:
@@ -89,7 +91,7 @@ class FusedBlocks:
                 eight_bit=eight_bit,
             )
             branch = self._cross_attention(
-                block.cross_attn, normed, text.keys[layer], text.values[layer]
+                block.cross_attn, normed, text.keys[layer], text.values[layer], text.distinct
             )
             normed = self._add_norm(
                 rows, branch, gain=gain2, shift=shift2, eps=block.norm2.eps, eight_bit=eight_bit
@@ -137,14 +139,23 @@ class FusedBlocks:
         return self._linear(attention.o, attended.reshape(-1, shape[2]))
 
     def _cross_attention(
-        self, attention: nn.Module, normed: Normed, text_keys: Tensor, text_values: Tensor
+        self,
+        attention: nn.Module,
+        normed: Normed,
+        text_keys: Tensor,
+        text_values: Tensor,
+        distinct: Tensor | None,
     ) -> Tensor:
         q = self._linear(attention.q, normed)
         norm = attention.norm_q
         q = self._add_norm(q, gain=_row(norm.weight, q), eps=norm.eps, rms=True)
         batch, _, num_heads, head_dim = text_keys.shape
-        attended = dense_attention(q.view(batch, -1, num_heads, head_dim), text_keys, text_values)
-        return self._linear(attention.o, attended.reshape(len(q), -1))
+        q = q.view(batch, -1, num_heads, head_dim)
+        if distinct is None or head_dim not in (self._repeated_head_dims or (head_dim,)):
+            attended = dense_attention(q, text_keys, text_values)
+        else:  # the padding of a prompt is one row many times over
+            attended = self._attend_repeated(q, text_keys, text_values, distinct)
+        return self._linear(attention.o, attended.flatten(0, 1).flatten(1))
 
     def _feed_forward(self, ffn: nn.Module, normed: Normed) -> Tensor:
         if isinstance(ffn, EightBitFeedForward):

@@ -36,10 +36,16 @@ class SelfAttend(Protocol):
 
 @dataclass(frozen=True)
 class TextContext:
-    """Cross-attention keys and values of one prompt, one [B, text_len, H, D] pair per layer."""
+    """Cross-attention keys and values of one prompt, one [B, text_len, H, D] pair per layer.
+
+    Attributes:
+        distinct: int32 [1] on their device: from row distinct - 1 on all rows are alike, the
+            padding of the prompt. None: not known.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    distinct: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,16 @@ def prepare_text(tree: nn.Module, embeds: Tensor) -> TextContext:
         attention = block.cross_attn
         keys.append(_heads(attention.norm_k(attention.k(context)), tree.num_heads))
         values.append(_heads(attention.v(context), tree.num_heads))
-    return TextContext(tuple(keys), tuple(values))
+    return TextContext(tuple(keys), tuple(values), _distinct_rows(embeds, tree.text_len))
+
+
+def _distinct_rows(embeds: Tensor, text_len: int) -> Tensor:
+    """Rows up to and with the first of the zeros that a prompt ends with; int32 [1]. Found on the
+    device, so that nothing waits."""
+    is_used = embeds.ne(0).any(2).any(0)
+    places = torch.arange(1, embeds.shape[1] + 1, device=embeds.device)
+    used = (is_used * places).amax(0, keepdim=True) if len(places) else places.new_zeros(1)
+    return (used + 1).clamp(max=text_len).int()
 
 
 def timestep_embedding(timesteps: Tensor, freq_dim: int) -> Tensor:
