@@ -45,29 +45,31 @@ def _turned(x, gain, shift, at, mask):
 
 
 @triton.jit
-def _gelu(x, IS_COMPILED: tl.constexpr):
+def _gelu(x, IS_PAIRED: tl.constexpr):
     # tanh(y) = 2 sigmoid(2 y) - 1; the power is kept where a product of two is finite.
     power = -2.302208198 * (x + 0.044715 * x * x * x)
     wide = 1.0 + tl.exp2(tl.minimum(power, 60.0))
-    if not IS_COMPILED:
-        return x / wide
-    # Reciprocals are what takes the time: one for two numbers, 1 / a = b / (a b).
-    return x * tl.inline_asm_elementwise(
-        """
-        {
-        .reg .f32 t;
-        mul.f32 t, $2, $3;
-        rcp.approx.ftz.f32 t, t;
-        mul.f32 $0, t, $3;
-        mul.f32 $1, t, $2;
-        }
-        """,
-        "=f,=f,f,f",
-        [wide],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=2,
-    )
+    if IS_PAIRED:
+        # Reciprocals are what takes the time: one for two numbers, 1 / a = b / (a b).
+        result = x * tl.inline_asm_elementwise(
+            """
+            {
+            .reg .f32 t;
+            mul.f32 t, $2, $3;
+            rcp.approx.ftz.f32 t, t;
+            mul.f32 $0, t, $3;
+            mul.f32 $1, t, $2;
+            }
+            """,
+            "=f,=f,f,f",
+            [wide],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        result = x / wide
+    return result  # what follows a return is compiled too
 
 
 @triton.jit
@@ -169,7 +171,7 @@ def round_rows_kernel(
     columns,
     x_stride,
     IS_GELU: tl.constexpr,
-    IS_COMPILED: tl.constexpr,  # not interpreted
+    IS_PAIRED: tl.constexpr,  # GELU divides two numbers of a thread at once; not interpreted
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
@@ -181,14 +183,14 @@ def round_rows_kernel(
     at = tl.arange(0, BLOCK)
     value = tl.load(x + at).to(tl.float32)
     if IS_GELU:
-        value = _gelu(value, IS_COMPILED)
+        value = _gelu(value, IS_PAIRED)
     magnitude = _magnitude(value)
     if REST > 0:
         rest_at = BLOCK + tl.arange(0, REST)
         rest_mask = rest_at < columns
         rest = tl.load(x + rest_at, mask=rest_mask, other=0.0).to(tl.float32)
         if IS_GELU:
-            rest = _gelu(rest, IS_COMPILED)
+            rest = _gelu(rest, IS_PAIRED)
         magnitude = tl.maximum(magnitude, _magnitude(rest))
     largest = _divisor(magnitude)
     tl.store(scales + row, largest / LARGEST)
@@ -294,6 +296,11 @@ def plan_add_norm(
 
 def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launch:
     """The launch for arguments that have been checked."""
+    pieces, warps = row_pieces(x.shape[1]), row_warps(x.shape[1], 64)
+    # A thread without a second number would be given one of no value, by which the first is then
+    # divided; of a piece of a single number Triton refuses to make pairs.
+    least = 2 * 32 * warps["num_warps"]
+    has_pairs = pieces["BLOCK"] >= least and not 0 < pieces["REST"] < least
     arguments = {
         "x": x,
         "out": out,
@@ -301,11 +308,11 @@ def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launc
         "columns": x.shape[1],
         "x_stride": x.stride(0),
         "IS_GELU": gelu,
-        "IS_COMPILED": not is_interpreted(),
+        "IS_PAIRED": has_pairs and not is_interpreted(),
         "LARGEST": LARGEST[out.dtype],
-        **row_pieces(x.shape[1]),
+        **pieces,
     }
-    return Launch(round_rows_kernel, (len(x),), arguments, row_warps(x.shape[1], 64))
+    return Launch(round_rows_kernel, (len(x),), arguments, warps)
 
 
 def _check_width(name: str, x: Tensor) -> None:

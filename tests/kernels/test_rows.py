@@ -40,7 +40,7 @@ def check_rounded(
 
 
 @ROUNDS
-@pytest.mark.parametrize("columns", [1, 48, 64, 1000])
+@pytest.mark.parametrize("columns", [1, 48, 64, 65, 1000])
 @pytest.mark.parametrize("gelu", [False, True], ids=["as they are", "gelu"])
 def test_numbers_times_scale_are_the_value(rounds, columns: int, gelu: bool, dtype, device) -> None:
     x = (torch.randn(7, 2 * columns, device=device) * 3).to(dtype)[:, :columns]  # rows apart
