@@ -6,14 +6,12 @@ bias and the shortcut of the convolution before it. Doubling the size happens in
 that follows it, and the last convolution makes frames limited to [0, 1].
 
 Which convolution does it is decided by the number of channels: cuDNN is fast with many, and slow
-with few. Its guess of the fastest algorithm is off by half for 96 channels, so it is made to
-measure them, once for each size.
+with few.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -131,21 +129,9 @@ def _use_channels_last(layer: nn.Conv3d) -> None:
         layer.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
 
 
-@contextmanager
-def _measured_algorithms() -> Iterator[None]:
-    """cuDNN measures its algorithms for sizes that are new to it, and torch remembers the best."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
 def _conv3d(layer: nn.Conv3d, features: Tensor, padding: tuple[int, int, int]) -> Tensor:
     """cuDNN's, from [B, D, H, W, C] to the same; without the bias, which costs it a pass."""
-    with _measured_algorithms():
-        made = F.conv3d(features.permute(0, 4, 1, 2, 3), layer.weight, padding=padding)
+    made = F.conv3d(features.permute(0, 4, 1, 2, 3), layer.weight, padding=padding)
     return made.permute(0, 2, 3, 4, 1).contiguous()  # dense already on a GPU
 
 
