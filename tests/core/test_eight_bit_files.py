@@ -14,7 +14,11 @@ from lightforcing.lightforcing_core.checkpoints.load import LoadedModel, load_ch
 from lightforcing.lightforcing_core.checkpoints.lora import load_lora
 from lightforcing.lightforcing_core.errors import UserError
 from lightforcing.lightforcing_core.fast import linears
-from lightforcing.lightforcing_core.fast.linears import EIGHT_BIT_LAYERS, EightBitLinear
+from lightforcing.lightforcing_core.fast.linears import (
+    EIGHT_BIT_LAYERS,
+    EightBitLinear,
+    eight_bit_obstacle,
+)
 from lightforcing.lightforcing_core.noise import SeededNoise
 from lightforcing.lightforcing_core.rollout import RolloutSettings, rollout
 from lightforcing.lightforcing_core.wan.config import WanConfig
@@ -39,6 +43,14 @@ LAYOUTS = {
     "ComfyUI scaled fp8": (torch.float8_e4m3fn, False, ".scale_weight"),
     "plain cast to fp8": (torch.float8_e4m3fn, False, ""),
 }
+
+
+def device_of(numbers: torch.dtype) -> torch.device:
+    """Where they are multiplied: e4m3 on a GPU if one can, for not every torch has scales by row
+    on the CPU (2.11 has one for a whole tensor)."""
+    gpu = torch.device("cuda")
+    can = torch.cuda.is_available() and eight_bit_obstacle(gpu, torch.bfloat16, numbers) is None
+    return gpu if can and numbers == torch.float8_e4m3fn else torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +85,9 @@ def load(path: Path, numbers: torch.dtype | None, **more: object) -> LoadedModel
 
 def video(tree: WanModel) -> Tensor:
     with torch.no_grad():
-        text = prepare_text(tree, torch.ones(1, 3, CONFIG.text_dim).bfloat16())
-        noise = SeededNoise(3, (1, 16, 4, 4), torch.device("cpu"))
+        device = tree.head.head.weight.device
+        text = prepare_text(tree, torch.ones(1, 3, CONFIG.text_dim, device=device).bfloat16())
+        noise = SeededNoise(3, (1, 16, 4, 4), device)
         settings = RolloutSettings(num_frames=4, frames_per_chunk=2)
         return torch.cat([chunk.latents for chunk in rollout(tree, settings, text, noise)], dim=2)
 
@@ -105,8 +118,10 @@ def test_a_layer_multiplies_with_the_files_dequantised_weights(layout: str, tmp_
     path = tmp_path / "model.safetensors"
     tensors, numbers = write(path, layout)
     suffix = LAYOUTS[layout][2]
-    layer = load(path, numbers).tree.blocks[1].ffn.second
-    rounded, scale = layer.round(torch.randn(20, 64).bfloat16())
+    device = device_of(numbers)
+    layer = load(path, numbers, device=device).tree.blocks[1].ffn.second
+    rounded, scale = layer.round(torch.randn(20, 64, device=device).bfloat16())
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     weight = tensors["blocks.1.ffn.2.weight"].double()
     weight = weight * (tensors[f"blocks.1.ffn.2{suffix}"].double() if suffix else 1)
     exact = rounded.double() * scale.double() @ weight.t()
@@ -119,8 +134,9 @@ def test_a_layer_multiplies_with_the_files_dequantised_weights(layout: str, tmp_
 def test_the_video_is_near_that_of_the_widened_file(layout: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     _, numbers = write(path, layout)
-    expected = video(load(path, None).tree)
-    got = video(load(path, numbers).tree)
+    device = device_of(numbers)
+    expected = video(load(path, None, device=device).tree)
+    got = video(load(path, numbers, device=device).tree)
     assert 0 < (got - expected).norm() / expected.norm() < 0.05
 
 
