@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -32,9 +31,6 @@ from .case import (
     wait,
 )
 
-# Whether the engine can record forwards as they stand, too.
-CAN_RECORD_UNFUSED = "fused" in inspect.signature(ForwardEngine).parameters
-
 # Told what the device does from here on, and of which chunk (from 0).
 Mark = Callable[[str, int], None]
 
@@ -46,7 +42,7 @@ class Parts:
     Attributes:
         sparse: attention skips blocks.
         fused: what surrounds attention and products is fused.
-        graphs: forwards are recorded as CUDA graphs.
+        graphs: forwards, fused ones only, are recorded as CUDA graphs.
         eight_bit: linear layers in eight bits.
         beside: chunks are decoded on a stream of their own while the next one is made.
     """
@@ -62,7 +58,7 @@ class Parts:
         if self.fused or self.graphs:
             if obstacles := fused_obstacles(device, dtype):
                 return "; ".join(obstacles)
-            if not (self.fused or CAN_RECORD_UNFUSED):
+            if not self.fused:
                 return "the engine records fused forwards only"
         return eight_bit_obstacle(device, dtype) if self.eight_bit else None
 
@@ -119,8 +115,7 @@ class Video:
         self.decoder = None if vae is None else vae.new_decoder()
         self.engine: ForwardEngine | None = None
         if parts.fused or parts.graphs:
-            switch = {"fused": parts.fused} if CAN_RECORD_UNFUSED else {}
-            self.engine = ForwardEngine(tree, graphs=parts.graphs, keep=True, **switch)
+            self.engine = ForwardEngine(tree, graphs=parts.graphs, keep=True)
 
     def release(self) -> None:
         """Free everything; the video cannot be made again."""

@@ -18,7 +18,7 @@ from ..sparse_settings import SparseSettings
 from .case import NO_DECODER, RolloutCase
 from .common import device_name, machine_facts
 from .rollout import spread, timed
-from .video import CAN_RECORD_UNFUSED, Parts, Video
+from .video import Parts, Video
 
 log = logging.getLogger("lightforcing")
 
@@ -89,9 +89,8 @@ def bench_waterfall(
 
 
 def _also_off(part: str, steps: Sequence[str]) -> list[str]:
-    """What cannot stay on without a part: where only fused forwards are recorded, graphs."""
-    needs = part == "fused" and "graphs" in steps and not CAN_RECORD_UNFUSED
-    return ["graphs"] if needs else []
+    """What cannot stay on without a part: graphs, for only fused forwards are recorded."""
+    return ["graphs"] if part == "fused" and "graphs" in steps else []
 
 
 def _left_out(case: RolloutCase, device: torch.device) -> dict[str, str]:

@@ -61,8 +61,8 @@ def _add_rollout_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--methods",
         metavar="NAME,NAME,...",
-        help="only these: 'plain loop', 'dense', 'dense fast', 'sparse', 'sparse graphs', "
-        "'sparse fast', 'sparse fp8' (default: all that run here)",
+        help="only these: 'plain loop', 'dense', 'dense fast', 'sparse', 'sparse fast', "
+        "'sparse fp8' (default: all that run here)",
     )
     group.add_argument(
         "--decoder", choices=_DECODERS, help="what decodes every chunk (default: taehv)"

@@ -199,7 +199,6 @@ def test_a_waterfall_adds_and_switches_off(monkeypatch: pytest.MonkeyPatch) -> N
         def release(self) -> None: ...
 
     monkeypatch.setattr(waterfall, "Video", Made)
-    monkeypatch.setattr(waterfall, "CAN_RECORD_UNFUSED", False)
     monkeypatch.setattr(waterfall, "_left_out", lambda case, device: {})
     rows = waterfall.bench_waterfall(SMALL, CPU, SPARSE, 1)["rows"]
     assert [row["step"] for row in rows] == ["dense", *waterfall.STEPS.values()]
