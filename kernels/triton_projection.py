@@ -64,29 +64,34 @@ def _heads_of_block(
 ):  # fmt: skip
     """Some heads of the rows of a block, normalised and rotated, and the mean of the rows."""
     dims, half = tl.arange(0, HEAD_DIM), tl.arange(0, HEAD_DIM // 2)[None, :]
-    for head in tl.static_range(HEADS):
-        total = tl.zeros([HEAD_DIM], tl.float32)
-        gain = tl.load(weight + head * HEAD_DIM + dims)[None, :].to(x.dtype.element_ty)
-        for part in tl.static_range(BLOCK // ROWS):
-            row = part * ROWS + tl.arange(0, ROWS)
-            rows = row[:, None]
-            valid = rows < count
-            value = tl.load(
-                x + rows * x_stride + head * HEAD_DIM + dims[None, :], mask=valid, other=0.0
-            )
-            scale = tl.load(scales + row, mask=row < count, other=0.0)
-            angle = rows * (HEAD_DIM // 2) + half
-            c = tl.load(cos + angle, mask=valid, other=0.0)
-            s = tl.load(sin + angle, mask=valid, other=0.0)
-            normed = (value.to(tl.float32) * scale[:, None]).to(value.dtype) * gain
+    totals = ()
+    for _ in tl.static_range(HEADS):
+        totals = totals + (tl.zeros([HEAD_DIM], tl.float32),)  # noqa: RUF005  Triton knows no star
+    for part in tl.static_range(BLOCK // ROWS):
+        row = part * ROWS + tl.arange(0, ROWS)
+        rows = row[:, None]
+        valid = rows < count
+        scale = tl.load(scales + row, mask=row < count, other=0.0)[:, None]
+        angle = rows * (HEAD_DIM // 2) + half
+        c = tl.load(cos + angle, mask=valid, other=0.0)
+        s = tl.load(sin + angle, mask=valid, other=0.0)
+        sums = ()
+        for head in tl.static_range(HEADS):
+            own = head * HEAD_DIM + dims
+            gain = tl.load(weight + own)[None, :].to(x.dtype.element_ty)
+            value = tl.load(x + rows * x_stride + own[None, :], mask=valid, other=0.0)
+            normed = (value.to(tl.float32) * scale).to(value.dtype) * gain
             even, odd = tl.split(normed.to(tl.float32).reshape(ROWS, HEAD_DIM // 2, 2))
             rotated = tl.join(even * c - odd * s, even * s + odd * c)
             value = rotated.reshape(ROWS, HEAD_DIM).to(value.dtype)
-            tl.store(out + rows * width + head * HEAD_DIM + dims[None, :], value, mask=valid)
+            tl.store(out + rows * width + own[None, :], value, mask=valid)
             if POOLS:
-                total += tl.sum(value.to(tl.float32), 0)
+                sums = sums + (totals[head] + tl.sum(value.to(tl.float32), 0),)  # noqa: RUF005
         if POOLS:
-            tl.store(pooled + head * pooled_stride + dims, total / count.to(tl.float32))
+            totals = sums
+    if POOLS:
+        for head in tl.static_range(HEADS):
+            tl.store(pooled + head * pooled_stride + dims, totals[head] / count.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=_RUNTIME)

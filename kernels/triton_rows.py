@@ -18,29 +18,38 @@ from .checks import check_eight_bit, check_rows
 from .launch import Launch, check_tensors, is_interpreted
 from .reference_rows import LARGEST, Rounded
 
+_ROWS_OF_A_PROGRAM = 4
+_MOST_COLUMNS_OF_ROWS = 2048  # wider ones are alone in a program
+_NUMBERS_OF_A_THREAD = 64
 MOST_COLUMNS = 16384
 """Numbers of a row that a program can hold."""
 
 
 @triton.jit
-def _sum(hidden, branch, gate, at, mask):
-    """Some numbers of a row with the branch added, as they are stored."""
-    value = tl.load(hidden + at, mask=mask, other=0.0)
+def _tile(x, at, mask):
+    return tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sum(hidden, branch, gate, starts, at, valid, within):
+    """Some numbers of some rows with the branch added, as they are stored."""
+    offsets, mask = starts + at, valid & within
+    value = tl.load(hidden + offsets, mask=mask, other=0.0)
     if branch is not None:
-        more = tl.load(branch + at, mask=mask, other=0.0).to(tl.float32)
+        more = _tile(branch, offsets, mask)
         if gate is not None:
-            more *= tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
+            more *= _tile(gate, at, within)
         value = (value.to(tl.float32) + more).to(value.dtype)
-        tl.store(hidden + at, value, mask=mask)
+        tl.store(hidden + offsets, value, mask=mask)
     return value.to(tl.float32)
 
 
 @triton.jit
-def _turned(x, gain, shift, at, mask):
+def _turned(x, gain, shift, at, within):
     if gain is not None:
-        x *= tl.load(gain + at, mask=mask, other=0.0).to(tl.float32)
+        x *= _tile(gain, at, within)
     if shift is not None:
-        x += tl.load(shift + at, mask=mask, other=0.0).to(tl.float32)
+        x += _tile(shift, at, within)
     return x
 
 
@@ -73,9 +82,9 @@ def _gelu(x, IS_PAIRED: tl.constexpr):
 
 
 @triton.jit
-def _magnitude(x):
+def _magnitude(x, axis: tl.constexpr):
     """Bits of the largest magnitude: as integers they are in order, and NaN is above all."""
-    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0)
+    return tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis)
 
 
 @triton.jit
@@ -110,57 +119,59 @@ def add_norm_kernel(
     eps,
     IS_RMS: tl.constexpr,
     LARGEST: tl.constexpr,  # of eight-bit numbers; 0: out is like hidden
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """One row. Several in a program, which would read gate, gain and shift once, take longer."""
-    row = tl.program_id(0)
-    segment = (row // segment_rows).to(tl.int64)
-    start = row.to(tl.int64) * columns
-    hidden += start
-    out += start
-    if branch is not None:
-        branch += start
+    """Some rows of a segment side by side, for which gate, gain and shift are read once."""
+    programs = tl.cdiv(segment_rows, ROWS)
+    segment = (tl.program_id(0) // programs).to(tl.int64)
+    places = tl.program_id(0) % programs * ROWS + tl.arange(0, ROWS)
+    valid = (places < segment_rows)[:, None]
+    rows = segment * segment_rows + places
+    starts = rows[:, None] * columns
     if gate is not None:
         gate += segment * gate_stride
     if gain is not None:
         gain += segment * gain_stride
     if shift is not None:
         shift += segment * shift_stride
-    at = tl.arange(0, BLOCK)
-    mask = at < BLOCK
-    x = _sum(hidden, branch, gate, at, mask)
+    at = tl.arange(0, BLOCK)[None, :]
+    within = at < BLOCK
+    x = _sum(hidden, branch, gate, starts, at, valid, within)
     if REST > 0:
-        rest_at = BLOCK + tl.arange(0, REST)
-        rest_mask = rest_at < columns
-        rest = _sum(hidden, branch, gate, rest_at, rest_mask)
+        rest_at = BLOCK + tl.arange(0, REST)[None, :]
+        rest_within = rest_at < columns
+        rest = _sum(hidden, branch, gate, starts, rest_at, valid, rest_within)
     if not IS_RMS:
-        mean = tl.sum(x, 0)
+        mean = tl.sum(x, 1)
         if REST > 0:
-            mean += tl.sum(rest, 0)
+            mean += tl.sum(rest, 1)
         mean /= columns
-        x -= mean
+        x -= mean[:, None]
         if REST > 0:
-            rest = tl.where(rest_mask, rest - mean, 0.0)
-    square = tl.sum(x * x, 0)
+            rest = tl.where(rest_within, rest - mean[:, None], 0.0)
+    square = tl.sum(x * x, 1)
     if REST > 0:
-        square += tl.sum(rest * rest, 0)
-    factor = tl.rsqrt(square / columns + eps)
-    x = _turned(x * factor, gain, shift, at, mask)
+        square += tl.sum(rest * rest, 1)
+    factor = tl.rsqrt(square / columns + eps)[:, None]
+    x = _turned(x * factor, gain, shift, at, within)
     if REST > 0:
-        rest = _turned(rest * factor, gain, shift, rest_at, rest_mask)
+        rest = _turned(rest * factor, gain, shift, rest_at, rest_within)
     if LARGEST > 0:
-        magnitude = _magnitude(x)
+        magnitude = _magnitude(x, 1)
         if REST > 0:
-            magnitude = tl.maximum(magnitude, _magnitude(tl.where(rest_mask, rest, 0.0)))
+            rest = tl.where(rest_within, rest, 0.0)
+            magnitude = tl.maximum(magnitude, _magnitude(rest, 1))
         largest = _divisor(magnitude)
-        tl.store(scales + row, largest / LARGEST)
-        x *= LARGEST / largest
+        tl.store(scales + rows, largest / LARGEST, mask=places < segment_rows)
+        x *= (LARGEST / largest)[:, None]
         if REST > 0:
-            rest *= LARGEST / largest
-    tl.store(out + at, _narrow(x, out.dtype.element_ty))
+            rest *= (LARGEST / largest)[:, None]
+    tl.store(out + starts + at, _narrow(x, out.dtype.element_ty), mask=valid & within)
     if REST > 0:
-        tl.store(out + rest_at, _narrow(rest, out.dtype.element_ty), mask=rest_mask)
+        rest = _narrow(rest, out.dtype.element_ty)
+        tl.store(out + starts + rest_at, rest, mask=valid & rest_within)
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -184,14 +195,14 @@ def round_rows_kernel(
     value = tl.load(x + at).to(tl.float32)
     if IS_GELU:
         value = _gelu(value, IS_PAIRED)
-    magnitude = _magnitude(value)
+    magnitude = _magnitude(value, 0)
     if REST > 0:
         rest_at = BLOCK + tl.arange(0, REST)
         rest_mask = rest_at < columns
         rest = tl.load(x + rest_at, mask=rest_mask, other=0.0).to(tl.float32)
         if IS_GELU:
             rest = _gelu(rest, IS_PAIRED)
-        magnitude = tl.maximum(magnitude, _magnitude(rest))
+        magnitude = tl.maximum(magnitude, _magnitude(rest, 0))
     largest = _divisor(magnitude)
     tl.store(scales + row, largest / LARGEST)
     factor = LARGEST / largest
@@ -275,6 +286,7 @@ def plan_add_norm(
         f"{name}_stride": 0 if x is None or len(x) == 1 else x.stride(0)
         for name, x in by_segment.items()
     }
+    rows = _ROWS_OF_A_PROGRAM if hidden.shape[1] <= _MOST_COLUMNS_OF_ROWS else 1
     arguments = {
         "hidden": hidden,
         "branch": branch,
@@ -287,11 +299,14 @@ def plan_add_norm(
         "eps": eps,
         "IS_RMS": rms,
         "LARGEST": LARGEST.get(out.dtype, 0.0),
+        "ROWS": rows,
         **row_pieces(hidden.shape[1]),
     }
     # Rounding to integers takes more registers.
-    numbers = 32 if out.dtype == torch.int8 else 64
-    return Launch(add_norm_kernel, (len(hidden),), arguments, row_warps(hidden.shape[1], numbers))
+    numbers = 32 if out.dtype == torch.int8 else _NUMBERS_OF_A_THREAD
+    programs = segments * triton.cdiv(len(hidden) // segments, rows)
+    warps = row_warps(rows * hidden.shape[1], numbers)
+    return Launch(add_norm_kernel, (programs,), arguments, warps)
 
 
 def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launch:
