@@ -2,7 +2,7 @@
 
 Queries are normalised, rotated and pooled; keys are normalised, rotated, written to their slots
 and pooled; values are written to their slots. Two launches: the norm spans all heads, so a first
-one finds the scale of each row, and in the second each program does some heads of one block. With
+one finds the scale of each row, and in the second each program does one head of one block. With
 one launch a program must hold or read again whole rows of its block, and few programs wait long.
 
 Roundings are those of the modules it replaces: the norm in float32, rounded, times its weight,
@@ -12,8 +12,6 @@ Reference: `reference.project_blocks`.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -27,7 +25,7 @@ from .triton_rows import row_pieces, row_warps
 
 _RUNTIME = ["num_q_blocks", "num_k_blocks", "q_tokens", "kv_blocks_per_slot", "kv_tokens"]
 _RUNTIME += ["slot_rows", "num_heads", "cache_stride_b", "pooled_q_blocks", "pooled_k_blocks"]
-_HEADS_OF_A_PROGRAM = 1
+_ROWS = 64  # at a time, so that three programs share a multiprocessor
 _UNPOOLED_BLOCK = 64
 
 
@@ -57,16 +55,14 @@ def row_scales_kernel(
 
 
 @triton.jit
-def _heads_of_block(
-    x, weight, scales, cos, sin, out, pooled, count, x_stride, width, pooled_stride,
-    POOLS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+def _head_of_block(
+    x, weight, scales, cos, sin, out, pooled, count, x_stride, width,
+    POOLS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of the rows of a block, normalised and rotated, and the mean of the rows."""
+    """One head of the rows of a block, normalised and rotated, and the mean of the rows."""
     dims, half = tl.arange(0, HEAD_DIM), tl.arange(0, HEAD_DIM // 2)[None, :]
-    totals = ()
-    for _ in tl.static_range(HEADS):
-        totals = totals + (tl.zeros([HEAD_DIM], tl.float32),)  # noqa: RUF005  Triton knows no star
+    gain = tl.load(weight + dims)[None, :].to(x.dtype.element_ty)
+    total = tl.zeros([HEAD_DIM], tl.float32)
     for part in tl.static_range(BLOCK // ROWS):
         row = part * ROWS + tl.arange(0, ROWS)
         rows = row[:, None]
@@ -75,23 +71,16 @@ def _heads_of_block(
         angle = rows * (HEAD_DIM // 2) + half
         c = tl.load(cos + angle, mask=valid, other=0.0)
         s = tl.load(sin + angle, mask=valid, other=0.0)
-        sums = ()
-        for head in tl.static_range(HEADS):
-            own = head * HEAD_DIM + dims
-            gain = tl.load(weight + own)[None, :].to(x.dtype.element_ty)
-            value = tl.load(x + rows * x_stride + own[None, :], mask=valid, other=0.0)
-            normed = (value.to(tl.float32) * scale).to(value.dtype) * gain
-            even, odd = tl.split(normed.to(tl.float32).reshape(ROWS, HEAD_DIM // 2, 2))
-            rotated = tl.join(even * c - odd * s, even * s + odd * c)
-            value = rotated.reshape(ROWS, HEAD_DIM).to(value.dtype)
-            tl.store(out + rows * width + own[None, :], value, mask=valid)
-            if POOLS:
-                sums = sums + (totals[head] + tl.sum(value.to(tl.float32), 0),)  # noqa: RUF005
+        value = tl.load(x + rows * x_stride + dims[None, :], mask=valid, other=0.0)
+        normed = (value.to(tl.float32) * scale).to(value.dtype) * gain
+        even, odd = tl.split(normed.to(tl.float32).reshape(ROWS, HEAD_DIM // 2, 2))
+        rotated = tl.join(even * c - odd * s, even * s + odd * c)
+        value = rotated.reshape(ROWS, HEAD_DIM).to(value.dtype)
+        tl.store(out + rows * width + dims[None, :], value, mask=valid)
         if POOLS:
-            totals = sums
+            total += tl.sum(value.to(tl.float32), 0)
     if POOLS:
-        for head in tl.static_range(HEADS):
-            tl.store(pooled + head * pooled_stride + dims, totals[head] / count.to(tl.float32))
+        tl.store(pooled + dims, total / count.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -122,16 +111,15 @@ def project_blocks_kernel(
     pooled_q_blocks,
     pooled_k_blocks,
     HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr,  # of one program
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     Q_ROWS: tl.constexpr,
     KV_ROWS: tl.constexpr,
 ):
-    """Some heads of one block of queries, or of keys, or of values."""
+    """One head of one block of queries, or of keys, or of values."""
     program = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1) * HEADS
+    head = tl.program_id(1)
     width = num_heads * HEAD_DIM
     at_head = head * HEAD_DIM
     first = batch * q_tokens
@@ -143,11 +131,10 @@ def project_blocks_kernel(
         if pooled_q is not None:
             row = (batch * num_heads + head) * pooled_q_blocks + program
             pooled = pooled_q + row * HEAD_DIM
-        _heads_of_block(
+        _head_of_block(
             x_q + (first + token) * x_stride + at_head, weight_q + at_head, scales + first + token,
             cos + angle, sin + angle, q + (first + token) * width + at_head, pooled, count,
-            x_stride, width, pooled_q_blocks * HEAD_DIM, pooled_q is not None, Q_BLOCK, Q_ROWS,
-            HEADS, HEAD_DIM,
+            x_stride, width, pooled_q is not None, Q_BLOCK, Q_ROWS, HEAD_DIM,
         )  # fmt: skip
     else:
         block = (program - num_q_blocks) % num_k_blocks
@@ -165,18 +152,16 @@ def project_blocks_kernel(
             if pooled_k is not None:
                 row = (batch * num_heads + head) * pooled_k_blocks
                 pooled = pooled_k + (row + slot * kv_blocks_per_slot + slot_block) * HEAD_DIM
-            _heads_of_block(
+            _head_of_block(
                 x_k + x_at, weight_k + at_head, scales + (tl.num_programs(2) + batch) * q_tokens
                 + token, cos + angle, sin + angle, keys + to, pooled, count, x_stride, width,
-                pooled_k_blocks * HEAD_DIM, pooled_k is not None, KV_BLOCK, KV_ROWS, HEADS,
-                HEAD_DIM,
+                pooled_k is not None, KV_BLOCK, KV_ROWS, HEAD_DIM,
             )  # fmt: skip
         else:
             dims = tl.arange(0, HEAD_DIM)[None, :]
             rows = tl.arange(0, KV_BLOCK)[:, None]
-            for i in tl.static_range(HEADS):
-                part = tl.load(x_v + x_at + rows * x_stride + i * HEAD_DIM + dims, rows < count)
-                tl.store(values + to + rows * width + i * HEAD_DIM + dims, part, rows < count)
+            part = tl.load(x_v + x_at + rows * x_stride + dims, mask=rows < count)
+            tl.store(values + to + rows * width + dims, part, mask=rows < count)
 
 
 def project_blocks_triton(
@@ -266,17 +251,12 @@ def plan_projection(
     pooled_q: Tensor | None,
     q_grid: BlockGrid,
     kv_grid: BlockGrid,
-    *,
-    num_warps: int = 8,
-    rows: int = 64,
-    heads_each: int = _HEADS_OF_A_PROGRAM,
 ) -> Launch:
     """The launch for arguments that have been checked."""
     batch, tokens, heads, head_dim = q.shape
     slot_rows = kv_grid.slot_tokens
     if pooled_keys is None:  # blocks mean nothing then, but share the work
         q_grid, kv_grid = (BlockGrid(g.segment_tokens, _UNPOOLED_BLOCK) for g in (q_grid, kv_grid))
-    heads_each = math.gcd(heads, heads_each)
     num_q_blocks = q_grid.blocks_per_segment
     num_k_blocks = len(open_slots) * kv_grid.blocks_per_segment
     arguments = {
@@ -306,11 +286,10 @@ def plan_projection(
         "pooled_q_blocks": num_q_blocks,
         "pooled_k_blocks": 0 if pooled_keys is None else pooled_keys.shape[2],
         "HEAD_DIM": head_dim,
-        "HEADS": heads_each,
         "Q_BLOCK": q_grid.block_tokens,
         "KV_BLOCK": kv_grid.block_tokens,
-        "Q_ROWS": min(rows, q_grid.block_tokens),
-        "KV_ROWS": min(rows, kv_grid.block_tokens),
+        "Q_ROWS": min(_ROWS, q_grid.block_tokens),
+        "KV_ROWS": min(_ROWS, kv_grid.block_tokens),
     }
-    grid = (num_q_blocks + 2 * num_k_blocks, heads // heads_each, batch)
-    return Launch(project_blocks_kernel, grid, arguments, {"num_warps": num_warps})
+    grid = (num_q_blocks + 2 * num_k_blocks, heads, batch)
+    return Launch(project_blocks_kernel, grid, arguments, {"num_warps": 8})

@@ -18,9 +18,7 @@ from .checks import check_eight_bit, check_rows
 from .launch import Launch, check_tensors, is_interpreted
 from .reference_rows import LARGEST, Rounded
 
-_ROWS_OF_A_PROGRAM = 4
-_MOST_COLUMNS_OF_ROWS = 2048  # wider ones are alone in a program
-_NUMBERS_OF_A_THREAD = 64
+_MOST_COLUMNS_OF_TWO = 2048  # wider rows are alone in a program
 MOST_COLUMNS = 16384
 """Numbers of a row that a program can hold."""
 
@@ -286,7 +284,8 @@ def plan_add_norm(
         f"{name}_stride": 0 if x is None or len(x) == 1 else x.stride(0)
         for name, x in by_segment.items()
     }
-    rows = _ROWS_OF_A_PROGRAM if hidden.shape[1] <= _MOST_COLUMNS_OF_ROWS else 1
+    # With a branch the registers of a second row cost more than reading the tables once gains.
+    rows = 1 if branch is not None or hidden.shape[1] > _MOST_COLUMNS_OF_TWO else 2
     arguments = {
         "hidden": hidden,
         "branch": branch,
@@ -302,8 +301,9 @@ def plan_add_norm(
         "ROWS": rows,
         **row_pieces(hidden.shape[1]),
     }
-    # Rounding to integers takes more registers.
-    numbers = 32 if out.dtype == torch.int8 else _NUMBERS_OF_A_THREAD
+    # Rounding to integers, and the rest of a wide row, take more registers.
+    is_wide = hidden.shape[1] > _MOST_COLUMNS_OF_TWO
+    numbers = 32 if is_wide or out.dtype == torch.int8 else 64
     programs = segments * triton.cdiv(len(hidden) // segments, rows)
     warps = row_warps(rows * hidden.shape[1], numbers)
     return Launch(add_norm_kernel, (programs,), arguments, warps)
