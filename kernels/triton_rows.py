@@ -301,9 +301,11 @@ def plan_add_norm(
         "ROWS": rows,
         **row_pieces(hidden.shape[1]),
     }
-    # Rounding to integers, and the rest of a wide row, take more registers.
-    is_wide = hidden.shape[1] > _MOST_COLUMNS_OF_TWO
-    numbers = 32 if is_wide or out.dtype == torch.int8 else 64
+    # Rounding to integers takes more registers, and a wide row many.
+    if hidden.shape[1] > _MOST_COLUMNS_OF_TWO:
+        numbers = 32 if out.dtype == hidden.dtype else 16
+    else:
+        numbers = 32 if out.dtype == torch.int8 else 64
     programs = segments * triton.cdiv(len(hidden) // segments, rows)
     warps = row_warps(rows * hidden.shape[1], numbers)
     return Launch(add_norm_kernel, (programs,), arguments, warps)
