@@ -13,7 +13,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..lightforcing_core.bench.case import ChunkTimes, Run
+from ..lightforcing_core.bench.case import ChunkTimes, Run, wait
 from ..lightforcing_core.bench.common import device_name
 from ..lightforcing_core.bench.profile_plot import draw_profile
 from ..lightforcing_core.bench.report import measure, report_text
@@ -200,7 +200,7 @@ class _Run:
         self.info = info
         self._decoder = None if self._vae is None else self._vae.new_decoder()
         self._begun = time.perf_counter()
-        self._marks = PassMarks(self._mark, len(info.settings.chunk_lengths()))
+        self._marks = PassMarks(self._mark, info.settings)
         yield self
         self._marks.end()
         self._decoder = self._marks = None
@@ -213,8 +213,10 @@ class _Run:
     def chunk_done(self, chunk: Chunk) -> None:
         """Decode it, and note what it took."""
         assert self._marks is not None
-        started, decode = time.perf_counter(), None
+        decode = None
         if self._decoder is not None:
+            # The clean pass may be under way in front of it; its time has a column of its own.
+            started = wait(chunk.latents.device)
             self._marks.before_decoding()
             frames_to_uint8(self._decoder.decode(chunk.latents))
             decode = time.perf_counter() - started

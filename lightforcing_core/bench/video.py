@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from ..fast.engine import ForwardEngine
 from ..fast.linears import eight_bit_obstacle, with_eight_bit_linears
 from ..fast.operations import fused_obstacles
 from ..rollout import rollout
+from ..rollout_settings import RolloutSettings
 from ..sparse_settings import SparseSettings
 from ..vae.streaming import StreamingDecoder
 from ..video_io import frames_to_uint8
@@ -64,35 +65,39 @@ class Parts:
 
 
 class PassMarks:
-    """Marks the passes of a run by their order: a chunk's steps; when it is done, first its clean
-    pass, then the next chunk's steps."""
+    """Marks the passes of a run by their number: a chunk's steps, then its clean pass, which counts
+    as the next chunk's. A rollout may ask for that pass before it hands the chunk out."""
 
-    def __init__(self, mark: Mark, chunks: int) -> None:
-        """Args: chunks of the whole video."""
-        self._mark, self._chunks = mark, chunks
-        self._chunk, self._passes = 0, 0
+    def __init__(self, mark: Mark, steps: Sequence[int]) -> None:
+        """Args: steps of every chunk of the video."""
+        self._mark, self._steps = mark, steps
+        self._chunk, self._passes = 0, 0  # of the coming pass
+        self._done = 0  # chunks
         mark("denoise", 0)
 
     def before_pass(self) -> bool:
         """Before every forward. Never asks to stop, for who wants to know that too."""
-        is_clean = self._chunk > 0 and not self._passes
+        is_clean = self._passes == self._steps[self._chunk]
+        if is_clean:
+            self._chunk, self._passes = self._chunk + 1, 0
+        else:
+            self._passes += 1
         self._mark("clean" if is_clean else "denoise", self._chunk)
-        self._passes += 1
         return False
 
     def before_decoding(self) -> None:
-        """The present chunk is denoised, and will be decoded."""
-        self._mark("decode", self._chunk)
+        """The chunk that is handed out will be decoded."""
+        self._mark("decode", self._done)
 
     def chunk_done(self) -> None:
         """What follows belongs to the next chunk; after the last one still to that."""
-        self._chunk, self._passes = self._chunk + 1, 0
-        if self._chunk < self._chunks:
-            self._mark("denoise", self._chunk)
+        self._done += 1
+        if self._done < len(self._steps):
+            self._mark("denoise", self._done)
 
     def end(self) -> None:
         """Everything lies on the host."""
-        self._mark("end", self._chunks - 1)
+        self._mark("end", len(self._steps) - 1)
 
 
 class Video:
@@ -128,7 +133,7 @@ class Video:
         """The whole video; `mark` is called at the start of every forward and every decoding."""
         begun = wait(self.device)
         noise, times = self.case.noise(self.device), []
-        marks = PassMarks(mark, len(self.settings.chunk_lengths()))
+        marks = PassMarks(mark, self.settings)
         with self._decoding() as decoding:
             for made in rollout(
                 self.tree,

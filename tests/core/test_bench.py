@@ -28,10 +28,12 @@ from lightforcing.lightforcing_core.bench import (
 from lightforcing.lightforcing_core.bench.case import SMALL, ChunkTimes, Run
 from lightforcing.lightforcing_core.bench.plain_loop import PlainLoop
 from lightforcing.lightforcing_core.bench.profile_plot import plot_profile
+from lightforcing.lightforcing_core.bench.video import PassMarks
 from lightforcing.lightforcing_core.bench.waterfall_plot import plot_waterfall
 from lightforcing.lightforcing_core.cli.main import main
 from lightforcing.lightforcing_core.errors import UserError
 from lightforcing.lightforcing_core.rollout import rollout as core_rollout
+from lightforcing.lightforcing_core.rollout_settings import RolloutSettings
 from lightforcing.lightforcing_core.sparse_settings import SparseSettings, make_schedule
 from lightforcing.lightforcing_core.video_io import frames_to_uint8
 
@@ -255,6 +257,31 @@ def test_every_moment_belongs_to_one_part() -> None:
     assert found.kernels[0].name == "nvjet_tst_128x256" and found.kernels[0].launches == 1
 
 
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_marks_name_the_clean_pass_whenever_it_is_made(is_ahead: bool) -> None:
+    """On a GPU it is asked for before its chunk is handed out, elsewhere after that."""
+    made: list[tuple[str, int]] = []
+    marks = video.PassMarks(lambda label, chunk: made.append((label, chunk)), [3, 2, 2])
+
+    def hand_out() -> None:
+        marks.before_decoding()
+        marks.chunk_done()
+
+    for chunk, steps in enumerate([3, 2, 2]):
+        made.clear()
+        for _ in range(steps):
+            assert not marks.before_pass()
+        assert made == [("denoise", chunk)] * steps
+        if chunk == 2:
+            break
+        made.clear()
+        for step in [marks.before_pass, hand_out] if is_ahead else [hand_out, marks.before_pass]:
+            step()
+        handed_out = [("decode", chunk), ("denoise", chunk + 1)]
+        clean = [("clean", chunk + 1)]
+        assert made == (clean + handed_out if is_ahead else handed_out + clean)
+
+
 @pytest.mark.parametrize("method", ["dense", "sparse"])
 def test_parts_sum_to_the_time_of_a_chunk(method: str) -> None:
     started = time.perf_counter()
@@ -420,3 +447,29 @@ def test_decoders_are_timed_by_chunk(tmp_path: Path) -> None:
     assert {row["method"] for row in result["rows"]} == {"wan small", "taehv small"}
     assert all(row["frames"] == 12 for row in result["rows"])
     json.dumps(result)
+
+
+@pytest.mark.parametrize("is_early", [False, True], ids=["clean pass after", "clean pass before"])
+def test_a_clean_pass_is_told_apart_whenever_it_runs(is_early: bool) -> None:
+    """On CUDA it is under way before its chunk is handed out, elsewhere it comes after."""
+    marked: list[tuple[str, int]] = []
+    settings = RolloutSettings(9, steps=(1000.0, 500.0), first_chunk_steps=(1000.0,))
+    marks = PassMarks(lambda label, chunk: marked.append((label, chunk)), settings)
+    passes = []
+    for chunk, steps in enumerate((1, 2, 2)):
+        kinds = ["step"] * steps + ["clean", "out"] * (chunk < 2) + ["out"] * (chunk == 2)
+        if not is_early and chunk < 2:
+            kinds[-2:] = ["out", "clean"]
+        for kind in kinds:
+            if kind == "out":
+                marks.before_decoding()
+                assert marked[-1] == ("decode", chunk)
+                marks.chunk_done()
+            else:
+                marks.before_pass()
+                passes.append((kind, *marked[-1]))
+    assert passes == [
+        ("step", "denoise", 0), ("clean", "clean", 1),
+        ("step", "denoise", 1), ("step", "denoise", 1), ("clean", "clean", 2),
+        ("step", "denoise", 2), ("step", "denoise", 2),
+    ]  # fmt: skip
