@@ -77,6 +77,13 @@ class RolloutSettings:
             independent_first_frame=self.independent_first_frame and not given_frames,
         )
 
+    def chunk_steps(self, given_frames: int = 0) -> list[int]:
+        """Denoising steps of each chunk to generate."""
+        steps = [len(self.steps)] * len(self.chunk_lengths(given_frames))
+        if self.first_chunk_steps is not None:
+            steps[0] = len(self.first_chunk_steps)
+        return steps
+
     def capacity_frames(self, given_frames: int = 0) -> int:
         """Frames the key/value cache must hold."""
         total = given_frames + self.num_frames

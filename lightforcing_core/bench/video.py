@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -68,9 +68,9 @@ class PassMarks:
     """Marks the passes of a run by their number: a chunk's steps, then its clean pass, which counts
     as the next chunk's. A rollout may ask for that pass before it hands the chunk out."""
 
-    def __init__(self, mark: Mark, steps: Sequence[int]) -> None:
-        """Args: steps of every chunk of the video."""
-        self._mark, self._steps = mark, steps
+    def __init__(self, mark: Mark, settings: RolloutSettings) -> None:
+        """Args: settings of the video, which nothing is given to."""
+        self._mark, self._steps = mark, settings.chunk_steps()
         self._chunk, self._passes = 0, 0  # of the coming pass
         self._done = 0  # chunks
         mark("denoise", 0)

@@ -257,31 +257,6 @@ def test_every_moment_belongs_to_one_part() -> None:
     assert found.kernels[0].name == "nvjet_tst_128x256" and found.kernels[0].launches == 1
 
 
-@pytest.mark.parametrize("is_ahead", [False, True])
-def test_marks_name_the_clean_pass_whenever_it_is_made(is_ahead: bool) -> None:
-    """On a GPU it is asked for before its chunk is handed out, elsewhere after that."""
-    made: list[tuple[str, int]] = []
-    marks = video.PassMarks(lambda label, chunk: made.append((label, chunk)), [3, 2, 2])
-
-    def hand_out() -> None:
-        marks.before_decoding()
-        marks.chunk_done()
-
-    for chunk, steps in enumerate([3, 2, 2]):
-        made.clear()
-        for _ in range(steps):
-            assert not marks.before_pass()
-        assert made == [("denoise", chunk)] * steps
-        if chunk == 2:
-            break
-        made.clear()
-        for step in [marks.before_pass, hand_out] if is_ahead else [hand_out, marks.before_pass]:
-            step()
-        handed_out = [("decode", chunk), ("denoise", chunk + 1)]
-        clean = [("clean", chunk + 1)]
-        assert made == (clean + handed_out if is_ahead else handed_out + clean)
-
-
 @pytest.mark.parametrize("method", ["dense", "sparse"])
 def test_parts_sum_to_the_time_of_a_chunk(method: str) -> None:
     started = time.perf_counter()
