@@ -318,9 +318,12 @@ def rollout(
                 select_seconds=attention.select_seconds,
                 attend_seconds=attention.attend_seconds,
             )
-            yield Chunk(latents, statistics, attend, ready)
-            if failure is not None:
-                raise failure
+            try:
+                yield Chunk(latents, statistics, attend, ready)
+                if failure is not None:
+                    raise failure
+            finally:
+                failure = None  # it names this frame, which names it: the cache would stay
             if not is_last:
                 if not is_cleaned:
                     with clean_watch.span("clean"):

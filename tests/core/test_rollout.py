@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lightforcing.lightforcing_core import rollout as rollout_module
 from lightforcing.lightforcing_core.errors import Cancelled, UserError
+from lightforcing.lightforcing_core.kv_cache import KVCache
 from lightforcing.lightforcing_core.noise import SeededNoise
 from lightforcing.lightforcing_core.rollout import Chunk, ModelCall, RolloutSettings, rollout
 from lightforcing.lightforcing_core.wan.config import WanConfig
@@ -246,3 +251,57 @@ def test_the_patch_embedding_may_be_float32(tree: WanModel, text: TextContext) -
     chunks = list(rollout(narrow, RolloutSettings(2, 2, STEPS), prompt, SeededNoise(0, SHAPE)))
     wide = run(tree, text, RolloutSettings(2, 2, STEPS))
     assert (chunks[0].latents - wide[0].latents).norm() < 0.05 * wide[0].latents.norm()
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
+    """The order of a GPU's launches, on the CPU; returns references to the caches that are made."""
+    caches: list[weakref.ref] = []
+    table = rollout_module.position_table
+
+    def cache(spec, device, *rest):
+        made = KVCache(spec, "cpu", *rest)
+        caches.append(weakref.ref(made))
+        return made
+
+    def positions(tree, frames, height, width, device, order):
+        return table(tree, frames, height, width, torch.device("cpu"), order)
+
+    event = SimpleNamespace(
+        record=lambda *_: None, synchronize=lambda: None, elapsed_time=lambda _: 0.0
+    )
+    monkeypatch.setattr(rollout_module, "KVCache", cache)
+    monkeypatch.setattr(rollout_module, "position_table", positions)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: None)
+    return caches
+
+
+@pytest.mark.parametrize("is_left", [False, True], ids=["to the failure", "left before it"])
+def test_a_failed_clean_pass_comes_after_its_chunk_and_holds_no_memory(
+    tree: WanModel, text: TextContext, monkeypatch: pytest.MonkeyPatch, is_left: bool
+) -> None:
+    caches = as_on_a_gpu(monkeypatch)
+    noise = SeededNoise(0, SHAPE)
+    noise.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(SeededNoise, "_draw", lambda *_: torch.zeros(1, 16, 2, 4, 4))
+    asked: list[int] = []
+
+    def stops_in_the_clean_pass() -> bool:
+        asked.append(0)
+        return len(asked) == 3
+
+    gc.disable()
+    try:
+        chunks = rollout(
+            tree, RolloutSettings(4, 2, STEPS), text, noise, should_stop=stops_in_the_clean_pass
+        )
+        assert next(chunks).statistics.forwards == 2
+        assert len(asked) == 3
+        if not is_left:
+            with pytest.raises(Cancelled):
+                next(chunks)
+        chunks.close()
+        del chunks
+        assert caches[0]() is None
+    finally:
+        gc.enable()
