@@ -126,7 +126,11 @@ def _use_channels_last(layer: nn.Conv3d) -> None:
     # A host may run in inference mode, whose tensors nobody could change outside of it.
     with torch.inference_mode(False), torch.no_grad():
         weight = layer.weight.data
-        layer.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
+        laid_out = weight.contiguous(memory_format=torch.channels_last_3d)
+        if weight.is_cuda and laid_out is not weight:
+            # Other streams must not be given the place before this one has read it.
+            weight.record_stream(torch.cuda.current_stream(weight.device))
+        layer.weight.data = laid_out
 
 
 def _conv3d(layer: nn.Conv3d, features: Tensor, padding: tuple[int, int, int]) -> Tensor:

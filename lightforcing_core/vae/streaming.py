@@ -147,6 +147,7 @@ class StreamingDecoder:
         self._fast: FastWanDecoder | FastTAEHVDecoder | None = None
         self._fast_device: torch.device | None = None
         self._side_stream: torch.cuda.Stream | None = None
+        self._side_device: torch.device | None = None
         self._state: WanVAEState | TAEHVDecoderState | None = None
 
     @property
@@ -169,8 +170,9 @@ class StreamingDecoder:
     def side_stream(self, device: torch.device) -> torch.cuda.Stream:
         """A CUDA stream to decode on beside other work; the same one for every video, since
         memory that was freed on one stream serves no other."""
-        if self._side_stream is None or self._side_stream.device != device:
-            self._side_stream = torch.cuda.Stream(device)
+        # Not the stream's own device, which has a number where this one may have none.
+        if self._side_stream is None or self._side_device != device:
+            self._side_stream, self._side_device = torch.cuda.Stream(device), device
         return self._side_stream
 
     @torch.no_grad()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightforcing.lightforcing_core.vae import TAEHV, TAEHVConfig, VideoVAE, WanVAE, WanVAEConfig
+from lightforcing.lightforcing_core.vae import fast_wan as fast_wan_module
 from lightforcing.lightforcing_core.vae import streaming as streaming_module
 from lightforcing.lightforcing_core.vae.channel_operations import fast_obstacle, torch_operations
 from lightforcing.lightforcing_core.vae.fast_taehv import FastTAEHVDecoder
@@ -107,6 +109,41 @@ def test_weights_keep_their_values_and_stay_ordinary_tensors() -> None:
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), name
     network.load_state_dict(before)
+
+
+def test_the_place_of_a_weight_stays_until_it_was_read() -> None:
+    """Weights are laid out on the stream that decodes, and were made on that of the denoiser."""
+    done: list[str] = []
+
+    class OnGPU:
+        is_cuda, device = True, torch.device("cuda:0")
+
+        def contiguous(self, **_: object) -> str:
+            done.append("read")
+            return "laid out"
+
+        def record_stream(self, stream: object) -> None:
+            done.append(f"kept for {stream}")
+
+    layer = SimpleNamespace(weight=SimpleNamespace(data=OnGPU()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+        fast_wan_module._use_channels_last(layer)
+    assert done == ["read", "kept for the stream of cuda:0"]
+    assert layer.weight.data == "laid out"
+
+
+def test_the_side_stream_serves_every_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may be named without its number, which streams always have."""
+
+    def stream(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(device=torch.device("cuda", device.index or 0))
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    decoder = wan().new_decoder()
+    first = decoder.side_stream(torch.device("cuda"))
+    assert decoder.side_stream(torch.device("cuda")) is first
+    assert decoder.side_stream(torch.device("cuda:1")) is not first
 
 
 def test_the_cpu_and_other_types_stay_with_plain_torch(caplog: pytest.LogCaptureFixture) -> None:
