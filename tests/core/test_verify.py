@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lightforcing.lightforcing_core import verify
 from lightforcing.lightforcing_core.cli import main
 from lightforcing.lightforcing_core.errors import UserError
+from lightforcing.lightforcing_core.fast.engine import ForwardEngine
+from lightforcing.lightforcing_core.rollout import Chunk, rollout
 from lightforcing.lightforcing_core.verify import verify_files
+from lightforcing.lightforcing_core.wan.modules import WanModel
 
 ATTENTION = "light_forcing_attention.safetensors"
 FILES = ("self_forcing_rollout.safetensors", "video_vae.safetensors", ATTENTION)
@@ -40,6 +44,21 @@ def test_every_golden_case_is_reproduced(golden_dir: Path, name: str, tmp_path: 
         assert [c["case"] for c in cases] == list(names)
     else:
         assert {c["case"] for c in cases} == {"wan_decode", "wan_encode", "taehv_decode"}
+
+
+def test_the_fast_engine_reproduces_the_published_rollouts(
+    golden_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense, in float32, through the references of its kernels."""
+
+    def fast(tree: WanModel, *arguments: Any, **more: Any) -> Iterator[Chunk]:
+        return rollout(tree, *arguments, engine=ForwardEngine(tree), **more)
+
+    monkeypatch.setattr(verify, "rollout", fast)
+    cases = verify_files([golden_dir / FILES[0]])
+    assert cases
+    for case in cases:
+        assert case.passed and case.rel_err <= 1e-5, case
 
 
 @pytest.mark.parametrize("damage", ["value", "nan", "shape"])
