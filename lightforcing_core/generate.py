@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import time
@@ -377,7 +378,7 @@ def _stream(
             decoding_of.append(None)
             decoding.submit(given)
             yield from reported(wait=False)
-        for chunk in rollout(
+        chunks = rollout(
             job.model.tree,
             job.settings,
             job.text,
@@ -386,7 +387,18 @@ def _stream(
             dtype=job.dtype,
             should_stop=should_stop,
             engine=job.engine,
-        ):
+        )
+        while True:
+            try:
+                chunk = next(chunks, None)
+            except Exception:
+                # Finished chunks are part of the video that is kept; why it ended matters more
+                # than why one of them could not be decoded.
+                with contextlib.suppress(Exception):
+                    yield from reported(wait=True)
+                raise
+            if chunk is None:
+                break
             decoding_of.append(chunk.statistics)
             decoding.submit(chunk.latents, chunk.ready)
             yield from reported(wait=False)

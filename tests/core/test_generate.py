@@ -280,6 +280,36 @@ def test_a_run_that_fails_late_names_the_frames_it_made(
     assert f"the first 9 frames are in {tmp_path / 'a.interrupted.mp4'}" in error
 
 
+def test_a_run_that_fails_waits_for_the_chunks_that_are_being_decoded(
+    files: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As on a GPU, where a chunk is decoded while the next one is made."""
+    from lightforcing.lightforcing_core.errors import UserError
+    from lightforcing.lightforcing_core.fast.decode import ChunkDecoder
+    from lightforcing.lightforcing_core.wan.forward import wan_forward
+
+    calls, take = iter(range(99)), ChunkDecoder.take
+
+    def breaks_in_the_third_chunk(*arguments: object) -> torch.Tensor:
+        if next(calls) > 10:
+            raise UserError("no more")
+        return wan_forward(*arguments)
+
+    monkeypatch.setattr(
+        "lightforcing.lightforcing_core.rollout.wan_forward", breaks_in_the_third_chunk
+    )
+    monkeypatch.setattr(
+        ChunkDecoder, "take", lambda self, wait: take(self, wait=True) if wait else ()
+    )
+    assert generate(files, tmp_path / "a.mp4", "--frames=33", "--size=64x48") == 2
+    error = capsys.readouterr().err
+    assert "no more" in error
+    assert f"the first 21 frames are in {tmp_path / 'a.interrupted.mp4'}" in error
+
+
 def test_a_reader_that_leaves_does_not_change_the_status(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("lightforcing")), "verify"]
     pipe = f"{' '.join(command)} {tmp_path / 'nowhere'} | true; exit ${{PIPESTATUS[0]}}"
