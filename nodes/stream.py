@@ -247,6 +247,10 @@ class _StreamRun:
         return self._live.settings_for_chunk(chunk)
 
     def chunk_done(self, chunk: Chunk) -> None:
+        if chunk.ready is not None:
+            # The clean pass may be under way in front of the decoding; it counts as the next
+            # chunk's.
+            torch.cuda.synchronize(chunk.latents.device)
         started = time.perf_counter()
         index = chunk.statistics.index
         frames = self._show(index, chunk.latents)

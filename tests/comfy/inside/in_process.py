@@ -11,8 +11,10 @@ import gc
 import importlib
 import os
 import sys
+import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 TREE, BASE = os.environ["COMFYUI_PATH"], Path(os.environ["COMFY_BASE"])
 sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE)]
@@ -682,6 +684,22 @@ def test_a_watcher_gets_every_chunk_and_changes_the_next(model, prompt):
     assert 0 < sparsity[2] < unchanged[2] and sparsity[3] == 0
     for before, after in zip(plain.done[:2], watcher.done[:2], strict=True):
         assert torch.equal(before.latents, after.latents)
+
+
+def test_a_streamed_chunk_took_no_clean_pass(monkeypatch):
+    """On a GPU one is under way when its chunk is handed out; it is in the next chunk's time."""
+    stream, told = ours("nodes.stream"), []
+    live = SimpleNamespace(chunk_done=lambda statistics, **about: told.append(about["seconds"]))
+    run = stream._StreamRun(live, None, None, stream._Made(False, [], False, []))
+    monkeypatch.setattr(run, "_show", lambda chunk, latents: 9)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: time.sleep(0.2))
+    statistics = SimpleNamespace(index=0, seconds=1.0)
+    chunk = SimpleNamespace(
+        statistics=statistics, latents=torch.zeros(1), ready=object(), attention=None
+    )
+    started = time.perf_counter()
+    run.chunk_done(chunk)
+    assert time.perf_counter() - started > 0.19 and told[0] < 1.1
 
 
 def test_sparse_attention_can_be_switched_on_in_mid_run(model, prompt):
