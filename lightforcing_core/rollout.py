@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from traceback import clear_frames
 
 import torch
 from torch import Tensor, nn
@@ -302,6 +303,8 @@ def rollout(
                     is_cleaned = True
                 except Exception as error:  # noqa: BLE001  the finished chunk comes first
                     failure = error
+                    # And is decoded meanwhile: the forward's tensors must not take the room.
+                    clear_frames(error.__traceback__)
             # The only time the host waits in a chunk: for its last step, not for what follows.
             attention = tally()
             statistics = ChunkStatistics(

@@ -305,3 +305,28 @@ def test_a_failed_clean_pass_comes_after_its_chunk_and_holds_no_memory(
         assert caches[0]() is None
     finally:
         gc.enable()
+
+
+def test_a_failed_clean_pass_holds_no_tensors_while_its_chunk_is_decoded(
+    tree: WanModel, text: TextContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_on_a_gpu(monkeypatch)
+    noise = SeededNoise(0, SHAPE)
+    noise.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(SeededNoise, "_draw", lambda *_: torch.zeros(1, 16, 2, 4, 4))
+    held: list[weakref.ref] = []
+
+    def host(call: ModelCall) -> torch.Tensor:
+        activations = call.latents.clone()
+        if call.step is None:
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("no room")
+        return activations
+
+    chunks = rollout(
+        tree, RolloutSettings(4, 2, STEPS), None, noise, host=host, dtype=torch.float32
+    )
+    assert next(chunks).latents.shape[2] == 2
+    assert len(held) == 1 and held[0]() is None
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        next(chunks)
