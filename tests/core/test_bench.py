@@ -329,7 +329,7 @@ def test_every_kernel_of_ours_has_its_part(name: str) -> None:
     wanted = "glue"
     if "select" in name or "scores" in name:
         wanted = "select"
-    if "attention" in name or "merge_parts" in name:
+    if "attend" in name or "attention" in name or "merge_parts" in name:
         wanted = "attend"
     assert part == wanted
 
