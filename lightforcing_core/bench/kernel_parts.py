@@ -20,8 +20,8 @@ _CUDA: tuple[tuple[str, str], ...] = (
     (COPY, r"^memcpy|^memset"),
     # kernels/triton_selection.py.
     (SELECT, r"block_scores_kernel|select_blocks_kernel"),
-    # kernels/*_attention.py, triton_repeated.py (to the prompt) and triton_merge.py, which joins the
-    # parts of split rows.
+    # kernels/*_attention.py, triton_repeated.py (to the prompt), and triton_merge.py, which joins
+    # the parts of split rows.
     (ATTEND, r"block_sparse_attention|merge_parts_kernel|attend_repeated_kernel"),
     # cuDNN names its attention by sdpa or flash_fprop, the flash and memory-efficient kernels of
     # torch by flash_fwd and fmha. Before products: some of these are made with CUTLASS and say so.
