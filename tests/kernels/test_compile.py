@@ -84,7 +84,8 @@ def test_nothing_spills_and_all_fits(tmp_path: Path, triton36: Path) -> None:
         "scores",
     }
     rows_and_layers = {"norm", "row", "rounding", "scaling"}
-    assert kinds == attention | {"selection"} | rows_and_layers | {"convolution", "normalisation"}
+    others = {"convolution", "normalisation", "repeated"}
+    assert kinds == attention | rows_and_layers | others
     assert any("tma" in row["name"] for row in rows if row["arch"] == 90)
 
 
