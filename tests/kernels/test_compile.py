@@ -74,17 +74,9 @@ def test_nothing_spills_and_all_fits(tmp_path: Path, triton36: Path) -> None:
     assert max(row["shared_bytes"] for row in rows if row["arch"] in (86, 89, 120)) <= 99 * 1024
     assert min(row["registers"] for row in rows) > 0
     kinds = {row["name"].split(" ")[0] for row in rows if row["arch"] == 120}
-    attention = {
-        "attention",
-        "merge",
-        "pooling",
-        "projection",
-        "quantisation",
-        "repeated",
-        "scores",
-    }
+    attention = {"attention", "merge", "pooling", "projection", "quantisation", "scores"}
     rows_and_layers = {"norm", "row", "rounding", "scaling"}
-    others = {"convolution", "normalisation", "repeated"}
+    others = {"convolution", "normalisation", "repeated", "selection"}
     assert kinds == attention | rows_and_layers | others
     assert any("tma" in row["name"] for row in rows if row["arch"] == 90)
 
