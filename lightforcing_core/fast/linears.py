@@ -260,7 +260,10 @@ def _shallow(block: nn.Module) -> nn.Module:
 
 
 def _exchange(block: nn.Module, numbers: torch.dtype) -> None:
-    if isinstance(block.ffn, EightBitFeedForward):
+    """Once more into other numbers too, from what the layers hold."""
+    ffn = block.ffn
+    is_eight_bit = isinstance(ffn, EightBitFeedForward)
+    if is_eight_bit and ffn.first.numbers == numbers:
         return
     for attention in (block.self_attn, block.cross_attn):
         modules = attention._modules
@@ -273,6 +276,6 @@ def _exchange(block: nn.Module, numbers: torch.dtype) -> None:
         else:
             modules["q"] = EightBitLinear(modules["q"], numbers=numbers)
         modules["o"] = EightBitLinear(modules["o"], numbers=numbers)
-    first, _, second = block.ffn
+    first, second = (ffn.first, ffn.second) if is_eight_bit else (ffn[0], ffn[2])
     layers: Sequence[EightBitLinear] = [EightBitLinear(x, numbers=numbers) for x in (first, second)]
     block._modules["ffn"] = EightBitFeedForward(*layers)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightforcing.lightforcing_core.errors import UserError
+from lightforcing.lightforcing_core.fast import linears
 from lightforcing.lightforcing_core.fast.engine import ForwardEngine
 from lightforcing.lightforcing_core.fast.linears import (
     EightBitFeedForward,
@@ -210,3 +211,18 @@ def test_a_forward_on_the_gpu_is_within_five_percent(numbers: torch.dtype) -> No
         chunks = rollout(one, settings, text, noise, engine=ForwardEngine(one))
         videos.append(torch.cat([chunk.latents for chunk in chunks], dim=2).float())
     assert 0 < (videos[1] - videos[0]).norm() / videos[0].norm() < 0.05
+
+
+def test_a_tree_in_other_numbers_is_not_taken_for_done(tree: WanModel) -> None:
+    """Asked for int8, a block in e4m3 becomes int8 in every layer."""
+    block = tree.blocks[0]
+    before = {name: block.get_submodule(name).weight.clone() for name in ("self_attn.q", "ffn.2")}
+    linears._exchange(block, torch.float8_e4m3fn)
+    with_eight_bit_linears(tree, torch.int8, replace=True)
+    names = ("self_attn.qkv", "self_attn.q", "self_attn.o", "cross_attn.q", "ffn.first")
+    for name in (*names, "ffn.second"):
+        assert block.get_submodule(name).numbers == torch.int8, name
+    for name, weight in zip(("self_attn.q", "ffn.second"), before.values(), strict=True):
+        layer = block.get_submodule(name)
+        widened = layer.weight.float() * layer.scale.t()
+        assert (widened - weight).norm() / weight.norm() < 0.06  # rounded twice
