@@ -42,7 +42,8 @@ from lightforcing.lightforcing_core.fast.linears import (
     with_eight_bit_linears,
 )
 from lightforcing.lightforcing_core.noise import SeededNoise
-from lightforcing.lightforcing_core.rollout import RolloutSettings, rollout
+from lightforcing.lightforcing_core.rollout import rollout
+from lightforcing.lightforcing_core.rollout_settings import RolloutSettings
 from lightforcing.lightforcing_core.sparse_settings import SparseSettings
 from lightforcing.lightforcing_core.text.embedded import EmbeddedTextEncoder
 from lightforcing.lightforcing_core.vae.load import load_vae

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from .rollout import ChunkStatistics
+from .chunk import ChunkStatistics
 from .video_quality import VideoQuality
 
 

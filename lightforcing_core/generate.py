@@ -19,6 +19,7 @@ from torch import Tensor
 from .checkpoints.checkpoint import open_checkpoint
 from .checkpoints.load import LoadedModel, load_checkpoint
 from .checkpoints.lora import check_loras, load_lora
+from .chunk import ChunkStatistics
 from .embedded import EMBEDDED_MODEL, EMBEDDED_VAE
 from .errors import Cancelled, UserError
 from .fast.decode import ChunkDecoder
@@ -30,7 +31,7 @@ from .noise import SeededNoise, check_seed
 from .outputs import check_output
 from .presets import eight_bit_obstacles
 from .request import GenerateRequest, check_cache, frames_to_generate, settings_for
-from .rollout import ChunkStatistics, rollout
+from .rollout import rollout
 from .rollout_settings import RolloutSettings
 from .text.load import load_text_encoder
 from .timesteps import check_steps

@@ -18,7 +18,7 @@ from ..lightforcing_core.bench.common import device_name
 from ..lightforcing_core.bench.profile_plot import draw_profile
 from ..lightforcing_core.bench.report import measure, report_text
 from ..lightforcing_core.bench.video import PassMarks
-from ..lightforcing_core.rollout import Chunk
+from ..lightforcing_core.chunk import Chunk
 from ..lightforcing_core.sparse_settings import SparseSettings
 from ..lightforcing_core.vae import StreamingDecoder
 from ..lightforcing_core.video_io import frames_to_uint8

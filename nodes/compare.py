@@ -14,9 +14,9 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
+from ..lightforcing_core.chunk import Chunk
 from ..lightforcing_core.comparison import ComparedRun, comparison_report
 from ..lightforcing_core.errors import UserError
-from ..lightforcing_core.rollout import Chunk
 from ..lightforcing_core.sparse_settings import SparseSettings
 from ..lightforcing_core.vae import StreamingDecoder
 from ..lightforcing_core.vae.latent_stats import normalise_latents

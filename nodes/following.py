@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from ..lightforcing_core.chunk import Chunk
 from ..lightforcing_core.layout import TEMPORAL_COMPRESSION
-from ..lightforcing_core.rollout import Chunk
 from ..lightforcing_core.sparse_settings import SparseSettings
 from .adapter.sampler import RunInfo, RunWatcher, Watch
 from .live import LiveRun, RunPlan

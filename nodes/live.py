@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..lightforcing_core.chunk import ChunkStatistics
 from ..lightforcing_core.errors import UserError
 from ..lightforcing_core.preview import FrameStrip
-from ..lightforcing_core.rollout import ChunkStatistics
 from ..lightforcing_core.schedule import Timeline
 from ..lightforcing_core.sparse_settings import SparseSettings
 

@@ -15,9 +15,9 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
+from ..lightforcing_core.chunk import Chunk
 from ..lightforcing_core.layout import FrameSize, latent_frames
 from ..lightforcing_core.preview import frame_strips
-from ..lightforcing_core.rollout import Chunk
 from ..lightforcing_core.selection_record import SelectionRecord, record_selection
 from ..lightforcing_core.sparse import SparseAttention
 from ..lightforcing_core.sparse_settings import SparseSettings

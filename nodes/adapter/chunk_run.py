@@ -10,8 +10,8 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ...lightforcing_core.chunk import ModelCall
 from ...lightforcing_core.errors import UserError
-from ...lightforcing_core.rollout import ModelCall
 from ...lightforcing_core.timesteps import TRAIN_TIMESTEPS
 from ...lightforcing_core.wan.forward import TextContext, prepare_text
 from .prompts import prompt_at, schedule_of

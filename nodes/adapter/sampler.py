@@ -20,6 +20,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...lightforcing_core.checkpoints.presets import Preset
+from ...lightforcing_core.chunk import Chunk
 from ...lightforcing_core.errors import UserError
 from ...lightforcing_core.kv_cache import CacheSpec
 from ...lightforcing_core.noise import (
@@ -29,7 +30,7 @@ from ...lightforcing_core.noise import (
     ReleasedNoise,
     SeededNoise,
 )
-from ...lightforcing_core.rollout import Chunk, cache_spec, rollout
+from ...lightforcing_core.rollout import cache_spec, rollout
 from ...lightforcing_core.rollout_settings import RolloutSettings
 from ...lightforcing_core.schedule import Timeline
 from ...lightforcing_core.sparse_settings import SparseSettings
