@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .eight_bit import LARGEST, Scaling
 from .grid import BlockGrid
 
 ROLE_ABSENT = 0
@@ -164,6 +165,7 @@ def check_projection(
     open_slots: Tensor,
     q_grid: BlockGrid,
     kv_grid: BlockGrid,
+    scaling: Scaling | None,
 ) -> None:
     """Shapes of `project_blocks`' arguments; reads no device memory.
 
@@ -197,9 +199,41 @@ def check_projection(
             f"{len(open_slots)} open slots of {kv_grid.segment_tokens} tokens do not take "
             f"{x_q.shape[1]} tokens"
         )
+    if scaling is not None:
+        _check_scaling(x_q.shape[0] * x_q.shape[1], 3 * x_q.shape[2], *scaling)
 
 
-def check_rows(hidden: Tensor, branch: Tensor | None, by_segment: dict[str, Tensor | None]) -> None:
+def check_scaling(x: Tensor, scaling: Scaling | None) -> None:
+    """Shapes and types of rows [N, C] and of what belongs to them as a product.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was given.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x must be [N, C], got {tuple(x.shape)}")
+    if scaling is not None:
+        _check_scaling(*x.shape, *scaling)
+
+
+def _check_scaling(
+    rows: int, columns: int, row_scales: Tensor, column_scales: Tensor, bias: Tensor | None
+) -> None:
+    for name, x, shape in (
+        ("row_scales", row_scales, (rows, 1)),
+        ("column_scales", column_scales, (1, columns)),
+    ):
+        if x.dtype != torch.float32 or x.shape != shape:
+            raise ValueError(f"{name} must be float32 {shape}, got {x.dtype} {tuple(x.shape)}")
+    if bias is not None and bias.shape != (columns,):
+        raise ValueError(f"bias must be ({columns},), got {tuple(bias.shape)}")
+
+
+def check_rows(
+    hidden: Tensor,
+    branch: Tensor | None,
+    by_segment: dict[str, Tensor | None],
+    branch_scales: Tensor | None,
+) -> None:
     """Shapes of `add_norm`'s arguments; reads no device memory.
 
     Raises:
@@ -212,6 +246,13 @@ def check_rows(hidden: Tensor, branch: Tensor | None, by_segment: dict[str, Tens
             f"branch must be like hidden, {tuple(hidden.shape)}, got {tuple(branch.shape)}"
         )
     rows, columns = hidden.shape
+    if branch_scales is not None and (
+        branch is None or branch_scales.shape != (rows, 1) or branch_scales.dtype != torch.float32
+    ):
+        raise ValueError(
+            f"branch_scales must be float32 {(rows, 1)} and belong to a branch, "
+            f"got {branch_scales.dtype} {tuple(branch_scales.shape)}"
+        )
     given = {name: x for name, x in by_segment.items() if x is not None}
     segments = max((len(x) for x in given.values()), default=1)
     for name, x in given.items():
@@ -221,14 +262,14 @@ def check_rows(hidden: Tensor, branch: Tensor | None, by_segment: dict[str, Tens
         raise ValueError(f"{rows} rows are no {segments} segments of equal length")
 
 
-def check_eight_bit(to: torch.dtype, known: Mapping[torch.dtype, float]) -> None:
+def check_eight_bit(to: torch.dtype) -> None:
     """Whether rows are rounded to a type.
 
     Raises:
         ValueError: they are not; with those they are.
     """
-    if to not in known:
-        raise ValueError(f"rows are rounded to {', '.join(map(str, known))}, not to {to}")
+    if to not in LARGEST:
+        raise ValueError(f"rows are rounded to {', '.join(map(str, LARGEST))}, not to {to}")
 
 
 def check_sums(
@@ -241,15 +282,7 @@ def check_sums(
     """
     if sums.ndim != 2 or sums.dtype != torch.int32:
         raise ValueError(f"sums must be int32 [N, C], got {sums.dtype} {tuple(sums.shape)}")
-    rows, columns = sums.shape
-    for name, x, shape in (
-        ("row_scales", row_scales, (rows, 1)),
-        ("column_scales", column_scales, (1, columns)),
-    ):
-        if x.dtype != torch.float32 or x.shape != shape:
-            raise ValueError(f"{name} must be float32 {shape}, got {x.dtype} {tuple(x.shape)}")
-    if bias is not None and bias.shape != (columns,):
-        raise ValueError(f"bias must be ({columns},), got {tuple(bias.shape)}")
+    _check_scaling(*sums.shape, row_scales, column_scales, bias)
 
 
 def check_repeated(q: Tensor, k: Tensor, v: Tensor, distinct: Tensor) -> None:

@@ -35,6 +35,7 @@ from .configs import (
     AttentionConfig,
     attention_config,
 )
+from .eight_bit import Scaling
 from .gluon_attention import CONFIGS, plan_gluon
 from .grid import BlockGrid
 from .launch import Launch, is_interpreted
@@ -53,7 +54,7 @@ from .triton_pooling import plan_pooling
 from .triton_projection import plan_projection, plan_row_scales
 from .triton_quantisation import plan_quantisation
 from .triton_repeated import plan_repeated
-from .triton_rows import plan_add_norm, plan_round_rows
+from .triton_rows import plan_add_norm, plan_rms_norm, plan_round_rows
 from .triton_selection import plan_scores, plan_selection
 from .triton_sums import plan_scale_sums
 
@@ -237,6 +238,21 @@ def _attention_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]
     yield from _int8_launches(arch)
 
 
+def _product(columns: int, of: torch.dtype | None) -> tuple[Tensor, Scaling | None]:
+    """Rows as they are, or as a product of eight-bit numbers of a type leaves them."""
+    if of is None:
+        return _meta(4680, columns), None
+    rows, across = (_meta(*shape, dtype=torch.float32) for shape in ((4680, 1), (1, columns)))
+    x = _meta(4680, columns, dtype=torch.int32 if of == torch.int8 else torch.bfloat16)
+    return x, Scaling(rows, across, _meta(columns))
+
+
+def _eight_bit_types(arch: int) -> dict[str, torch.dtype]:
+    """What the hardware multiplies."""
+    types = {"int8": torch.int8}
+    return types if arch < 89 else {**types, "e4m3": torch.float8_e4m3fn}
+
+
 def _int8_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
     def attention(head_dim: int, q_block: int, kv_block: int, config: AttentionConfig) -> Launch:
         q_grid, kv_grid = BlockGrid(1564, q_block), BlockGrid(1564, kv_block)
@@ -274,14 +290,12 @@ def _int8_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
 
 def _row_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
     """Widths of 1.3B and 14B; rounding to what the hardware multiplies."""
-    wide = torch.float32
-    eight_bit_types = {"int8": torch.int8}
-    if arch >= 89:
-        eight_bit_types["e4m3"] = torch.float8_e4m3fn
+    wide, eight_bit_types = torch.float32, _eight_bit_types(arch)
 
     def rounding(columns: int, gelu: bool, to: torch.dtype) -> Launch:
         out, scales = _meta(4680, columns, dtype=to), _meta(4680, 1, dtype=wide)
-        return plan_round_rows(_meta(4680, columns), out, scales, gelu)
+        x, scaling = _product(columns, to if gelu and to == torch.int8 else None)
+        return plan_round_rows(x, out, scales, gelu, scaling)
 
     def scaling(columns: int) -> Launch:
         sums, out = _meta(4680, columns, dtype=torch.int32), _meta(4680, columns)
@@ -292,25 +306,35 @@ def _row_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
         x, scales = _meta(4680, columns), _meta(4680, 1, dtype=wide)
         table, weight = _meta(3, columns, dtype=wide), _meta(1, columns)
         out = x if eight_bit is None else _meta(4680, columns, dtype=eight_bit)
-        # A sum with a gate, one without, none; the norm of the text's queries.
-        branch, gate, gain, shift = {
-            "gated": (x, table, table, table),
-            "affine": (x, table, weight, weight),
-            "added": (x, None, table, table),
+        branch, scaling = _product(columns, eight_bit)
+        by_row, across, bias = (None, None, None) if scaling is None else scaling
+        # A sum with a gate, one without, none.
+        gate, offset, gain, shift = {
+            "gated": (table, None if scaling is None else table, table, table),
+            "affine": (table, None if scaling is None else table, weight, weight),
+            "added": (across, None if bias is None else bias[None], table, table),
             "first": (None, None, table, table),
-            "rms": (None, None, weight, None),
         }[kind]
-        return plan_add_norm(x, branch, gate, gain, shift, out, scales, 1e-6, kind == "rms")
+        if kind == "first":
+            branch = by_row = None
+        return plan_add_norm(x, branch, by_row, gate, offset, gain, shift, out, scales, 1e-6)
 
-    def row_scales(columns: int) -> Launch:
-        x = _meta(1, 4680, columns)
-        return plan_row_scales(x, x, _meta(2, 4680, dtype=wide), 1e-6)
+    def rms_norm(columns: int, of: torch.dtype | None) -> Launch:
+        x, scaling = _product(columns, of)
+        return plan_rms_norm(x, _meta(columns), _meta(4680, columns), 1e-6, scaling)
+
+    def row_scales(columns: int, of: torch.dtype | None) -> Launch:
+        x, scaling = _product(3 * columns, of)
+        x_q, x_k, _ = x[None].chunk(3, 2)
+        return plan_row_scales(x_q, x_k, _meta(2, 4680, dtype=wide), 1e-6, scaling)
 
     for columns in (1536, 5120):
-        yield f"row scales {columns}", lambda n=columns: row_scales(n)
-        for kind in ("gated", "affine", "added", "first", "rms"):
+        for name, of in {"": None, **eight_bit_types}.items():
+            yield f"row scales {columns} {name}", lambda a=(columns, of): row_scales(*a)
+            yield f"norm {columns} rms {name}", lambda a=(columns, of): rms_norm(*a)
+        for kind in ("gated", "affine", "added", "first"):
             yield f"norm {columns} {kind}", lambda a=(columns, kind, None): norm(*a)
-            for name, to in eight_bit_types.items() if kind != "rms" else ():
+            for name, to in eight_bit_types.items():
                 arguments = columns, kind, to
                 yield f"norm {columns} {kind} to {name}", lambda a=arguments: norm(*a)
     rounded = ((1536, False), (5120, False), (8960, True), (13824, True))
@@ -426,14 +450,22 @@ def _small_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
         q, k = _meta(1, 4680, _HEADS, head_dim), _meta(1, 512, _HEADS, head_dim)
         return plan_repeated(q, k, k, _meta(1, dtype=torch.int32), q, arch)
 
-    def projection(head_dim: int, q_block: int, kv_block: int, heads: int, pools: bool) -> Launch:
+    def projection(
+        head_dim: int,
+        q_block: int,
+        kv_block: int,
+        heads: int,
+        pools: bool,
+        of: torch.dtype | None = None,
+    ) -> Launch:
         kv_grid = BlockGrid(1560, kv_block if pools else 1560)
-        x, slots = _meta(1, 4680, heads * head_dim), _meta(3, dtype=torch.int32)
+        joined, scaling = _product(3 * heads * head_dim, of)
+        x, slots = joined[None].chunk(3, 2), _meta(3, dtype=torch.int32)
         keys = _meta(1, _SEGMENTS, kv_grid.slot_tokens, heads, head_dim)
         blocks = _SEGMENTS * kv_grid.blocks_per_segment
         angles, out = (
             _meta(4680, head_dim // 2, dtype=torch.float32),
-            _meta(*x.shape[:2], heads, head_dim),
+            _meta(1, 4680, heads, head_dim),
         )
         q_grid = BlockGrid(4680, q_block)
         pooled, pooled_q = (
@@ -441,14 +473,16 @@ def _small_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
             for n in (blocks, q_grid.blocks_per_segment)
         )
         scales = _meta(2, 4680, dtype=torch.float32)
-        weight = x[0, 0]
-        return plan_projection(x, x, x, weight, weight, scales, angles, angles, keys, keys, pooled,
-                               slots, out, pooled_q, q_grid, kv_grid)  # fmt: skip
+        weight = _meta(heads * head_dim)
+        return plan_projection(*x, weight, weight, scales, angles, angles, keys, keys, pooled,
+                               slots, out, pooled_q, q_grid, kv_grid, scaling)  # fmt: skip
 
     for head_dim, blocks in itertools.product(HEAD_DIMS, ((16, 16), (64, 64), (128, 64))):
         shape = head_dim, *blocks, _HEADS, True
         name = f"projection d{head_dim} q{blocks[0]} k{blocks[1]}"
         yield name, lambda shape=shape: projection(*shape)
+        for name_of, of in _eight_bit_types(arch).items():
+            yield f"{name} {name_of}", lambda shape=(*shape, of): projection(*shape)
     yield "projection d128 14B", lambda: projection(128, 128, 64, 40, True)
     yield "projection d128 dense", lambda: projection(128, 64, 64, _HEADS, False)
     for head_dim in HEAD_DIMS:

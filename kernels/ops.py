@@ -7,7 +7,7 @@ from .triton_pooling import pool_blocks_triton
 from .triton_projection import project_blocks_triton
 from .triton_quantisation import quantise_blocks_triton
 from .triton_repeated import attend_repeated_triton
-from .triton_rows import add_norm_triton, round_rows_triton
+from .triton_rows import add_norm_triton, rms_norm_triton, round_rows_triton
 from .triton_selection import select_blocks_triton
 from .triton_sums import scale_sums_triton
 
@@ -21,6 +21,7 @@ __all__ = [
     "pool_blocks_triton",
     "project_blocks_triton",
     "quantise_blocks_triton",
+    "rms_norm_triton",
     "round_rows_triton",
     "scale_sums_triton",
     "select_blocks_triton",

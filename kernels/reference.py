@@ -23,6 +23,7 @@ from .checks import (
     check_selection,
     segments_of,
 )
+from .eight_bit import Scaling
 from .grid import BlockGrid
 
 _GATHER_BYTES = 64 << 20
@@ -245,6 +246,7 @@ def project_blocks(
     *,
     q_grid: BlockGrid,
     kv_grid: BlockGrid,
+    scaling: Scaling | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """From projections to what attention takes; keys and values go to their slots.
 
@@ -258,25 +260,30 @@ def project_blocks(
             nothing is pooled.
         open_slots: int32 [S / kv_grid.segment_tokens], where each segment goes.
         q_grid: one segment of S tokens.
+        scaling: the x are products, int32 too, that these belong to: rows [B * S, 1]; columns
+            [1, 3 * H * D] and bias of queries, keys and values side by side.
 
     Returns:
-        q [B, S, H, D], normalised and rotated, and its block means, float32 [B, H, blocks, D],
-        or None where nothing is pooled.
+        q [B, S, H, D] in the keys' type, normalised and rotated, and its block means, float32
+        [B, H, blocks, D], or None where nothing is pooled.
 
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    check_projection(x_q, x_k, x_v, keys, values, pooled_keys, open_slots, q_grid, kv_grid)
-    heads = keys.shape[3]
+    check_projection(x_q, x_k, x_v, keys, values, pooled_keys, open_slots, q_grid, kv_grid, scaling)
+    heads, dtype = keys.shape[3], keys.dtype
+    if scaling is not None:
+        joined = scaling.of(torch.cat((x_q, x_k, x_v), 2).flatten(0, 1))
+        x_q, x_k, x_v = joined.unflatten(0, x_q.shape[:2]).chunk(3, 2)
 
     def rotated(x: Tensor, weight: Tensor) -> Tensor:
         wide = x.to(_wide(x))
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        normed = (wide * scale).to(x.dtype) * weight.to(x.dtype)
+        normed = (wide * scale).to(dtype) * weight.to(dtype)
         even, odd = normed.to(wide.dtype).unflatten(-1, (heads, -1, 2)).unbind(-1)
         c, s = cos[:, None], sin[:, None]
         pairs = torch.stack((even * c - odd * s, even * s + odd * c), dim=-1)
-        return pairs.flatten(-2).to(x.dtype)
+        return pairs.flatten(-2).to(dtype)
 
     q, k = rotated(x_q, weight_q), rotated(x_k, weight_k)
     v = x_v.unflatten(-1, (heads, -1))

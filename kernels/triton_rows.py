@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_eight_bit, check_rows
+from .checks import check_eight_bit, check_rows, check_scaling
+from .eight_bit import LARGEST, Rounded, Scaling
 from .launch import Launch, check_tensors, is_interpreted
-from .reference_rows import LARGEST, Rounded
 
 _MOST_COLUMNS_OF_TWO = 2048  # wider rows are alone in a program
 MOST_COLUMNS = 16384
@@ -29,17 +29,32 @@ def _tile(x, at, mask):
 
 
 @triton.jit
-def _sum(hidden, branch, gate, starts, at, valid, within):
+def _sum(hidden, branch, scales, gate, offset, starts, at, valid, within):
     """Some numbers of some rows with the branch added, as they are stored."""
     offsets, mask = starts + at, valid & within
     value = tl.load(hidden + offsets, mask=mask, other=0.0)
     if branch is not None:
         more = _tile(branch, offsets, mask)
+        if scales is not None:
+            more *= scales
         if gate is not None:
             more *= _tile(gate, at, within)
+        if offset is not None:
+            more += _tile(offset, at, within)
         value = (value.to(tl.float32) + more).to(value.dtype)
         tl.store(hidden + offsets, value, mask=mask)
     return value.to(tl.float32)
+
+
+@triton.jit
+def scaled(value, row_scale, columns, bias, at, mask):
+    """What a product stands for (`eight_bit.Scaling`); as it is where there are no columns."""
+    if columns is not None:
+        value *= row_scale
+        value *= _tile(columns, at, mask)
+        if bias is not None:
+            value += _tile(bias, at, mask)
+    return value
 
 
 @triton.jit
@@ -100,24 +115,26 @@ def _narrow(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit(do_not_specialize=["columns", "segment_rows"])
+@triton.jit(do_not_specialize=["segment_rows"])
 def add_norm_kernel(
-    hidden,  # [N, C], gets hidden + branch * gate
+    hidden,  # [N, C], gets hidden + branch * branch_scales * gate + offset
     branch,  # [N, C] or None
-    gate,  # [segments, C] or None, rows any distance apart; so are gain and shift
+    branch_scales,  # [N] or None
+    gate,  # [segments, C] or None, rows any distance apart; so are offset, gain and shift
+    offset,
     gain,
     shift,
     out,  # [N, C]
     scales,  # [N], for eight-bit numbers
-    columns,
     segment_rows,
     gate_stride,
+    offset_stride,
     gain_stride,
     shift_stride,
     eps,
-    IS_RMS: tl.constexpr,
     LARGEST: tl.constexpr,  # of eight-bit numbers; 0: out is like hidden
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
 ):
@@ -127,32 +144,36 @@ def add_norm_kernel(
     places = tl.program_id(0) % programs * ROWS + tl.arange(0, ROWS)
     valid = (places < segment_rows)[:, None]
     rows = segment * segment_rows + places
-    starts = rows[:, None] * columns
+    starts = rows[:, None] * COLUMNS
     if gate is not None:
         gate += segment * gate_stride
+    if offset is not None:
+        offset += segment * offset_stride
     if gain is not None:
         gain += segment * gain_stride
     if shift is not None:
         shift += segment * shift_stride
     at = tl.arange(0, BLOCK)[None, :]
     within = at < BLOCK
-    x = _sum(hidden, branch, gate, starts, at, valid, within)
+    factors = branch_scales
+    if branch_scales is not None:
+        factors = tl.load(branch_scales + rows, mask=places < segment_rows, other=0.0)[:, None]
+    x = _sum(hidden, branch, factors, gate, offset, starts, at, valid, within)
     if REST > 0:
         rest_at = BLOCK + tl.arange(0, REST)[None, :]
-        rest_within = rest_at < columns
-        rest = _sum(hidden, branch, gate, starts, rest_at, valid, rest_within)
-    if not IS_RMS:
-        mean = tl.sum(x, 1)
-        if REST > 0:
-            mean += tl.sum(rest, 1)
-        mean /= columns
-        x -= mean[:, None]
-        if REST > 0:
-            rest = tl.where(rest_within, rest - mean[:, None], 0.0)
+        rest_within = rest_at < COLUMNS
+        rest = _sum(hidden, branch, factors, gate, offset, starts, rest_at, valid, rest_within)
+    mean = tl.sum(x, 1)
+    if REST > 0:
+        mean += tl.sum(rest, 1)
+    mean /= COLUMNS
+    x -= mean[:, None]
+    if REST > 0:
+        rest = tl.where(rest_within, rest - mean[:, None], 0.0)
     square = tl.sum(x * x, 1)
     if REST > 0:
         square += tl.sum(rest * rest, 1)
-    factor = tl.rsqrt(square / columns + eps)[:, None]
+    factor = tl.rsqrt(square / COLUMNS + eps)[:, None]
     x = _turned(x * factor, gain, shift, at, within)
     if REST > 0:
         rest = _turned(rest * factor, gain, shift, rest_at, rest_within)
@@ -172,32 +193,80 @@ def add_norm_kernel(
         tl.store(out + starts + rest_at, rest, mask=valid & rest_within)
 
 
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_kernel(
+    x,  # [N, C]
+    row_scales,  # [N], with column_scales; None: x is no product
+    column_scales,  # [C] or None
+    bias,  # [C] or None
+    gain,  # [C]
+    out,  # [N, C]
+    rows,
+    eps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Some rows side by side, for which what belongs to the columns is read once."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = (row < rows)[:, None]
+    starts = row[:, None].to(tl.int64) * COLUMNS
+    factor = row_scales
+    if row_scales is not None:
+        factor = tl.load(row_scales + row, mask=row < rows, other=0.0)[:, None]
+    at = tl.arange(0, BLOCK)[None, :]
+    within = at < BLOCK
+    value = _tile(x, starts + at, valid & within)
+    value = scaled(value, factor, column_scales, bias, at, within)
+    square = tl.sum(value * value, 1)
+    if REST > 0:
+        rest_at = BLOCK + tl.arange(0, REST)[None, :]
+        rest_mask = rest_at < COLUMNS
+        rest = _tile(x, starts + rest_at, valid & rest_mask)
+        rest = scaled(rest, factor, column_scales, bias, rest_at, rest_mask)
+        square += tl.sum(rest * rest, 1)
+    factor = tl.rsqrt(square / COLUMNS + eps)[:, None]
+    value = value * factor * _tile(gain, at, within)
+    tl.store(out + starts + at, value.to(out.dtype.element_ty), mask=valid & within)
+    if REST > 0:
+        rest = rest * factor * _tile(gain, rest_at, rest_mask)
+        tl.store(out + starts + rest_at, rest.to(out.dtype.element_ty), mask=valid & rest_mask)
+
+
+@triton.jit
 def round_rows_kernel(
     x,  # [N, C], rows any distance apart
+    row_scales,  # [N], with column_scales; None: x is no product
+    column_scales,  # [C]
+    bias,  # [C] or None
     out,  # [N, C]
     scales,  # [N]
-    columns,
     x_stride,
     IS_GELU: tl.constexpr,
     IS_PAIRED: tl.constexpr,  # GELU divides two numbers of a thread at once; not interpreted
     LARGEST: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
 ):
     """One row."""
     row = tl.program_id(0)
     x += row.to(tl.int64) * x_stride
-    out += row.to(tl.int64) * columns
+    out += row.to(tl.int64) * COLUMNS
+    factor = row_scales
+    if row_scales is not None:
+        factor = tl.load(row_scales + row)
     at = tl.arange(0, BLOCK)
-    value = tl.load(x + at).to(tl.float32)
+    within = at < BLOCK
+    value = scaled(tl.load(x + at).to(tl.float32), factor, column_scales, bias, at, within)
     if IS_GELU:
         value = _gelu(value, IS_PAIRED)
     magnitude = _magnitude(value, 0)
     if REST > 0:
         rest_at = BLOCK + tl.arange(0, REST)
-        rest_mask = rest_at < columns
-        rest = tl.load(x + rest_at, mask=rest_mask, other=0.0).to(tl.float32)
+        rest_mask = rest_at < COLUMNS
+        rest = scaled(_tile(x, rest_at, rest_mask), factor, column_scales, bias, rest_at, rest_mask)
         if IS_GELU:
             rest = _gelu(rest, IS_PAIRED)
         magnitude = tl.maximum(magnitude, _magnitude(rest, 0))
@@ -213,11 +282,12 @@ def add_norm_triton(
     hidden: Tensor,
     branch: Tensor | None = None,
     gate: Tensor | None = None,
+    offset: Tensor | None = None,
     *,
+    branch_scales: Tensor | None = None,
     gain: Tensor | None = None,
     shift: Tensor | None = None,
     eps: float,
-    rms: bool = False,
     eight_bit: torch.dtype | None = None,
 ) -> Tensor | Rounded:
     """`reference_rows.add_norm` in one launch; hidden and branch contiguous.
@@ -225,93 +295,146 @@ def add_norm_triton(
     Raises:
         ValueError: shapes, types or strides that the kernel cannot do, with what it can.
     """
-    check_rows(hidden, branch, {"gate": gate, "gain": gain, "shift": shift})
+    by_segment = {"gate": gate, "offset": offset, "gain": gain, "shift": shift}
+    check_rows(hidden, branch, by_segment, branch_scales)
     _check_width("hidden", hidden)
-    check_tensors({"hidden": hidden} if branch is None else {"hidden": hidden, "branch": branch})
-    for name, x in {"hidden": hidden, "branch": branch}.items():
-        if x is not None and not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
-    for name, x in {"gate": gate, "gain": gain, "shift": shift}.items():
+    check_tensors({"hidden": hidden})
+    if branch is not None and branch.dtype not in (hidden.dtype, torch.int32):
+        raise ValueError(f"branch must be {hidden.dtype} or int32, got {branch.dtype}")
+    for name, x in {"hidden": hidden, "branch": branch, "branch_scales": branch_scales}.items():
+        _check_dense(name, x, hidden.device)
+    for name, x in by_segment.items():
         if x is not None and (x.stride(1) != 1 or x.device != hidden.device):
             raise ValueError(
                 f"{name} must be dense in its last axis and on {hidden.device}, got strides "
                 f"{x.stride()} on {x.device}"
             )
     if eight_bit is not None:
-        check_eight_bit(eight_bit, LARGEST)
+        check_eight_bit(eight_bit)
     out = torch.empty_like(hidden, dtype=eight_bit or hidden.dtype)
     scales = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
     if hidden.numel():
-        plan_add_norm(hidden, branch, gate, gain, shift, out, scales, eps, rms).run()
+        plan_add_norm(
+            hidden, branch, branch_scales, gate, offset, gain, shift, out, scales, eps
+        ).run()
     return (out, scales) if eight_bit else out
 
 
+def rms_norm_triton(
+    x: Tensor,
+    gain: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    scaling: Scaling | None = None,
+) -> Tensor:
+    """`reference_rows.rms_norm` in one launch; x and gain contiguous.
+
+    Raises:
+        ValueError: shapes, types or strides that the kernel cannot do, with what it can.
+    """
+    check_scaling(x, scaling)
+    _check_width("x", x)
+    check_product(x, scaling)
+    for name, given in {"x": x, "gain": gain}.items():
+        _check_dense(name, given, x.device)
+    out = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        plan_rms_norm(x, gain, out, eps, scaling).run()
+    return out
+
+
 def round_rows_triton(
-    x: Tensor, to: torch.dtype = torch.float8_e4m3fn, *, gelu: bool = False
+    x: Tensor,
+    to: torch.dtype = torch.float8_e4m3fn,
+    *,
+    gelu: bool = False,
+    scaling: Scaling | None = None,
 ) -> Rounded:
     """`reference_rows.round_rows` in one launch.
 
     Raises:
         ValueError: shapes, types or strides that the kernel cannot do, with what it can.
     """
-    if x.ndim != 2:
-        raise ValueError(f"x must be [N, C], got {tuple(x.shape)}")
+    check_scaling(x, scaling)
     _check_width("x", x)
-    check_tensors({"x": x})
-    check_eight_bit(to, LARGEST)
+    check_product(x, scaling)
+    check_eight_bit(to)
     out = torch.empty(x.shape, dtype=to, device=x.device)
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
     if x.numel():
-        plan_round_rows(x, out, scales, gelu).run()
+        plan_round_rows(x, out, scales, gelu, scaling).run()
     return out, scales
 
 
 def plan_add_norm(
     hidden: Tensor,
     branch: Tensor | None,
+    branch_scales: Tensor | None,
     gate: Tensor | None,
+    offset: Tensor | None,
     gain: Tensor | None,
     shift: Tensor | None,
     out: Tensor,
     scales: Tensor,
     eps: float,
-    rms: bool,
 ) -> Launch:
     """The launch for arguments that have been checked."""
-    by_segment = {"gate": gate, "gain": gain, "shift": shift}
+    by_segment = {"gate": gate, "offset": offset, "gain": gain, "shift": shift}
     segments = max((len(x) for x in by_segment.values() if x is not None), default=1)
     strides = {
         f"{name}_stride": 0 if x is None or len(x) == 1 else x.stride(0)
         for name, x in by_segment.items()
     }
-    # With a branch the registers of a second row cost more than reading the tables once gains.
-    rows = 1 if branch is not None or hidden.shape[1] > _MOST_COLUMNS_OF_TWO else 2
+    # A second row reads the tables again from registers, which pays where there are many.
+    is_narrow = hidden.shape[1] <= _MOST_COLUMNS_OF_TWO
+    rows = 2 if is_narrow and out.dtype != hidden.dtype else 1
     arguments = {
         "hidden": hidden,
         "branch": branch,
+        "branch_scales": branch_scales,
         **by_segment,
         "out": out,
         "scales": scales,
-        "columns": hidden.shape[1],
         "segment_rows": len(hidden) // segments,
         **strides,
         "eps": eps,
-        "IS_RMS": rms,
         "LARGEST": LARGEST.get(out.dtype, 0.0),
         "ROWS": rows,
         **row_pieces(hidden.shape[1]),
     }
-    # Rounding to integers takes more registers, and a wide row many.
-    if hidden.shape[1] > _MOST_COLUMNS_OF_TWO:
-        numbers = 32 if out.dtype == hidden.dtype else 16
+    # Rounding takes more registers, to integers most, and a wide row many.
+    if is_narrow:
+        numbers = 64 if out.dtype == torch.float8_e4m3fn else 32
     else:
-        numbers = 32 if out.dtype == torch.int8 else 64
+        numbers = 32 if out.dtype == hidden.dtype else 16
     programs = segments * triton.cdiv(len(hidden) // segments, rows)
     warps = row_warps(rows * hidden.shape[1], numbers)
     return Launch(add_norm_kernel, (programs,), arguments, warps)
 
 
-def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launch:
+def plan_rms_norm(
+    x: Tensor, gain: Tensor, out: Tensor, eps: float, scaling: Scaling | None = None
+) -> Launch:
+    """The launch for arguments that have been checked."""
+    rows = 1 if x.shape[1] > _MOST_COLUMNS_OF_TWO else 2
+    arguments = {
+        "x": x,
+        **scaling_arguments(scaling),
+        "gain": gain,
+        "out": out,
+        "rows": len(x),
+        "eps": eps,
+        "ROWS": rows,
+        **row_pieces(x.shape[1]),
+    }
+    warps = row_warps(rows * x.shape[1], 32 if rows == 1 else 64)
+    return Launch(rms_norm_kernel, (triton.cdiv(len(x), rows),), arguments, warps)
+
+
+def plan_round_rows(
+    x: Tensor, out: Tensor, scales: Tensor, gelu: bool, scaling: Scaling | None = None
+) -> Launch:
     """The launch for arguments that have been checked."""
     pieces, warps = row_pieces(x.shape[1]), row_warps(x.shape[1], 64)
     # A thread without a second number would be given one of no value, by which the first is then
@@ -320,9 +443,9 @@ def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launc
     has_pairs = pieces["BLOCK"] >= least and not 0 < pieces["REST"] < least
     arguments = {
         "x": x,
+        **scaling_arguments(scaling),
         "out": out,
         "scales": scales,
-        "columns": x.shape[1],
         "x_stride": x.stride(0),
         "IS_GELU": gelu,
         "IS_PAIRED": has_pairs and not is_interpreted(),
@@ -330,6 +453,35 @@ def plan_round_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> Launc
         **pieces,
     }
     return Launch(round_rows_kernel, (len(x),), arguments, warps)
+
+
+def scaling_arguments(scaling: Scaling | None) -> dict[str, Tensor | None]:
+    """In the names of the kernels."""
+    return dict(zip(("row_scales", "column_scales", "bias"), scaling or (None,) * 3, strict=True))
+
+
+def check_product(x: Tensor, scaling: Scaling | None) -> None:
+    """Rows that the kernels can read: of a float type, or with a scaling also int32.
+
+    Raises:
+        ValueError: names the tensor, what was expected and what was given.
+    """
+    if scaling is None or x.dtype != torch.int32:
+        check_tensors({"x": x})
+    elif x.device.type != "cuda" and not is_interpreted():
+        raise ValueError(
+            f"x is on {x.device}; Triton kernels need a CUDA device "
+            "(use the torch reference elsewhere)"
+        )
+    for name, given in scaling_arguments(scaling).items():
+        _check_dense(name, given, x.device)
+
+
+def _check_dense(name: str, x: Tensor | None, device: torch.device) -> None:
+    if x is not None and (x.device != device or not x.is_contiguous()):
+        raise ValueError(
+            f"{name} must be contiguous and on {device}, got strides {x.stride()} on {x.device}"
+        )
 
 
 def _check_width(name: str, x: Tensor) -> None:
@@ -341,7 +493,7 @@ def row_pieces(columns: int) -> dict[str, int]:
     """A row as the largest power of two and the rest, in the names of the kernels."""
     block = 1 << (columns.bit_length() - 1)
     rest = columns - block
-    return {"BLOCK": block, "REST": triton.next_power_of_2(rest) if rest else 0}
+    return {"COLUMNS": columns, "BLOCK": block, "REST": triton.next_power_of_2(rest) if rest else 0}
 
 
 def row_warps(columns: int, numbers: int) -> dict[str, int]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...kernels.eight_bit import Scaling
 from ...kernels.grid import BlockGrid
 from ..attention import CachedAttention, dense_attention
 from ..backends import AttentionBackend
@@ -94,12 +95,13 @@ class FastDenseAttention(CachedAttention):
         x_v: Tensor,
         module: nn.Module,
         positions: PositionTable,
+        scaling: Scaling | None = None,
     ) -> Tensor:
         """As `FastSparseAttention.project`."""
         assert self._watch is not None
         cache, grid = self.cache, BlockGrid(x_q.shape[1], x_q.shape[1])
         arguments = _arguments(cache, layer, x_q, x_k, x_v, module, positions, self._open.numbers)
-        q, _ = self._project(*arguments, q_grid=grid, kv_grid=cache.spec.grid)
+        q, _ = self._project(*arguments, q_grid=grid, kv_grid=cache.spec.grid, scaling=scaling)
         with nullcontext() if self._is_recorded else self._watch.span("attend"):
             return dense_attention(q, *cache.visible(layer))
 
@@ -314,6 +316,7 @@ class FastSparseAttention(SparseAttention):
         x_v: Tensor,
         module: nn.Module,
         positions: PositionTable,
+        scaling: Scaling | None = None,
     ) -> Tensor:
         """Self-attention from the linear layers' results, where `takes_projections`.
 
@@ -321,14 +324,16 @@ class FastSparseAttention(SparseAttention):
             x_q, x_k, x_v: [B, S, H * D] of the open chunk.
             module: the block's self-attention, for its two norms.
             positions: of the tokens.
+            scaling: of x_q, x_k and x_v together, if they are products of eight-bit numbers.
 
         Returns:
             [B, S, H, D].
         """
         cache, spec = self.cache, self.cache.spec
+        grids = {"q_grid": self._q_grid, "kv_grid": spec.grid, "scaling": scaling}
         arguments = _arguments(cache, layer, x_q, x_k, x_v, module, positions, self._open.numbers)
         if self._is_dense:
-            q, _ = self._backend.project_blocks(*arguments, q_grid=self._q_grid, kv_grid=spec.grid)
+            q, _ = self._backend.project_blocks(*arguments, **grids)
             if not self._is_recorded:
                 self._counts.append(None)
             with self._span("attend"):
@@ -337,9 +342,7 @@ class FastSparseAttention(SparseAttention):
                 return self._attend(layer, q, *self._every)
         assert self._is_static
         with self._span("select"):
-            q, pooled_q = self._backend.project_blocks(
-                *arguments, q_grid=self._q_grid, kv_grid=spec.grid
-            )
+            q, pooled_q = self._backend.project_blocks(*arguments, **grids)
             if layer not in self._planned or self.settings.plans_anew(self._step):
                 self._backend.select_blocks(
                     pooled_q,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.reference_rows import Rounded, round_rows
+from ...kernels.eight_bit import Rounded, Scaling
+from ...kernels.reference_rows import round_rows
 from ..errors import UserError
 from .operations import fused_operations
 
@@ -88,6 +89,8 @@ class EightBitLinear(nn.Module):
         self.register_buffer("weight", weight, persistent=False)  # [out, in]
         self.register_buffer("scale", scale, persistent=False)  # [1, out]
         self.register_buffer("bias", bias, persistent=False)
+        one = torch.ones((), dtype=torch.float32, device=weight.device)
+        self.register_buffer("one", one, persistent=False)
 
     @property
     def numbers(self) -> torch.dtype:
@@ -106,9 +109,9 @@ class EightBitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.multiply(*self.round(x.flatten(0, -2))).unflatten(0, x.shape[:-1])
 
-    def round(self, x: Tensor, *, gelu: bool = False) -> Rounded:
+    def round(self, x: Tensor, *, gelu: bool = False, scaling: Scaling | None = None) -> Rounded:
         """Rows [N, in], or their GELU, in the numbers that the weight is in."""
-        return fused_operations(x.device).round_rows(x, self.numbers, gelu=gelu)
+        return fused_operations(x.device).round_rows(x, self.numbers, gelu=gelu, scaling=scaling)
 
     def multiply(self, rounded: Tensor, scale: Tensor) -> Tensor:
         """[N, out] from rounded numbers [N, in] and their scales [N, 1]."""
@@ -125,6 +128,28 @@ class EightBitLinear(nn.Module):
             out_dtype=self.dtype,
             use_fast_accum=True,
         )
+
+    def product(self, rounded: Tensor, scale: Tensor) -> tuple[Tensor, Scaling]:
+        """`multiply` without its last step, for a kernel that scales what it reads.
+
+        On Hopper a product with scales for rows clears a workspace before each call, and is itself
+        slower than one without; sums of int8 need not be read and written once more.
+
+        Returns:
+            [N, out], of the output's type or int32, and what it is short of.
+        """
+        scaling = Scaling(scale, self.scale, self.bias)
+        if self.numbers == torch.int8:
+            return _int8_product(rounded, self.weight), scaling
+        product = torch._scaled_mm(
+            rounded,
+            self.weight.t(),
+            scale_a=self.one,
+            scale_b=self.one,
+            out_dtype=self.dtype,
+            use_fast_accum=True,
+        )
+        return product, scaling
 
 
 def _in_eight_bits(

@@ -24,6 +24,7 @@ class FusedOperations:
     """
 
     add_norm: Callable[..., Any]
+    rms_norm: Callable[..., Tensor]
     round_rows: Callable[..., tuple[Tensor, Tensor]]
     project_blocks: Callable[..., tuple[Tensor, Tensor | None]]
     scale_sums: Callable[..., Tensor]
@@ -36,6 +37,7 @@ def fused_operations(device: torch.device) -> FusedOperations:
     if device.type != "cuda":
         return FusedOperations(
             reference_rows.add_norm,
+            reference_rows.rms_norm,
             reference_rows.round_rows,
             reference.project_blocks,
             reference_rows.scale_sums,
@@ -47,6 +49,7 @@ def fused_operations(device: torch.device) -> FusedOperations:
 
     return FusedOperations(
         ops.add_norm_triton,
+        ops.rms_norm_triton,
         ops.round_rows_triton,
         ops.project_blocks_triton,
         ops.scale_sums_triton,

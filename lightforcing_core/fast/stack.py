@@ -1,21 +1,21 @@
 """The transformer blocks with what lies between matrix products and attention fused.
 
 A block's residual sums, norms, modulation and rounding are three launches, the query norm of
-cross-attention is a fourth, and norm, rotary and cache write of self-attention are a fifth; each
+cross-attention is a fourth, and norm, rotary and cache write of self-attention are two more; each
 sum is joined to the norm that follows it, also where that belongs to the next block. The arithmetic
 is that of `wan.forward.run_block`, rounded less often: modulation and sums stay in float32 until
-they are stored.
+they are stored. Products of eight-bit numbers are scaled, and get their bias, where they are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.reference_rows import Rounded
+from ...kernels.eight_bit import Rounded, Scaling
 from ..attention import dense_attention
 from ..wan.forward import PositionTable, SelfAttend, TextContext, rotated_heads
 from .linears import EightBitFeedForward, EightBitLinear
@@ -23,6 +23,36 @@ from .operations import FusedOperations
 
 Normed = Tensor | Rounded
 """What a linear layer takes: rows in the model's type, or in eight bits."""
+Product = tuple[Tensor, Scaling | None]
+"""What it gives: rows in the model's type, or what still has to be scaled."""
+
+
+class _Own(NamedTuple):
+    """What all forwards of a video share, of all layers; float32.
+
+    Attributes:
+        modulation: [layers, 6, 1, dim], the blocks' own part; a gain is one more than the scale.
+        columns: [layers, 2, 1, dim], scales of the two layers whose product is gated, in eight
+            bits; else empty.
+        biases: [layers, 2, 1, dim], of the same.
+    """
+
+    modulation: Tensor
+    columns: Tensor
+    biases: Tensor
+
+
+class _Table(NamedTuple):
+    """Of all layers, a row for each frame: float32 [layers, ..., B * F, dim].
+
+    Attributes:
+        rows: [layers, 6, ...]: shift, gain and gate of self-attention and of the feed-forward. In
+            eight bits the gates are those of products: times the scales of the columns.
+        offsets: [layers, 2, ...]: what the biases of those products add; else None.
+    """
+
+    rows: Tensor
+    offsets: Tensor | None
 
 
 class FusedBlocks:
@@ -34,23 +64,27 @@ class FusedBlocks:
 
     def __init__(self, operations: FusedOperations) -> None:
         self._add_norm = operations.add_norm
+        self._rms_norm = operations.rms_norm
         self._attend_repeated = operations.attend_repeated
         self._repeated_head_dims = operations.repeated_head_dims
-        self._own_modulation: Tensor | None = None
+        self._own: _Own | None = None
 
     def prepare(self, blocks: Sequence[nn.Module]) -> None:
         """Gather what all forwards of a video share; until the next call the blocks' own
         modulation must stay. Its address does for good: recordings name it. Only what was made in
         inference mode, where nothing can be written from outside, gets another, and its recordings
         go too (`ForwardEngine.attention`)."""
-        own, held = _own_modulation(blocks), self._own_modulation
+        own, held = _own(blocks), self._own
         is_closed = (
-            held is not None and held.is_inference() and not torch.is_inference_mode_enabled()
+            held is not None
+            and held.modulation.is_inference()
+            and not torch.is_inference_mode_enabled()
         )
-        if held is None or held.shape != own.shape or is_closed:
-            self._own_modulation = own
+        if held is None or is_closed or [x.shape for x in held] != [x.shape for x in own]:
+            self._own = own
         else:
-            held.copy_(own)
+            for to, x in zip(held, own, strict=True):
+                to.copy_(x)
 
     def __call__(
         self,
@@ -63,10 +97,7 @@ class FusedBlocks:
         attend: SelfAttend,
     ) -> Tensor:
         shape = hidden.shape
-        own = self._own_modulation if self._own_modulation is not None else _own_modulation(blocks)
-        # Shift, gain and gate of self-attention and of the feed-forward, float32
-        # [layers, 6, B * F, dim].
-        table = own.to(modulation.device) + modulation.float().flatten(0, 1).transpose(0, 1)
+        table, offsets = _table(self._own or _own(blocks), modulation)
         rows = hidden.reshape(-1, shape[2]).contiguous()  # the sums are made in place
         normed: Normed | None = None
         for layer, block in enumerate(blocks):
@@ -77,7 +108,7 @@ class FusedBlocks:
                 normed = self._add_norm(
                     rows, gain=gain1, shift=shift1, eps=block.norm1.eps, eight_bit=eight_bit
                 )
-            branch = self._self_attention(
+            branch, scaling = self._self_attention(
                 block.self_attn, layer, normed, shape, num_heads, positions, attend
             )
             norm = block.norm3
@@ -85,31 +116,45 @@ class FusedBlocks:
                 rows,
                 branch,
                 gate1,
+                None if offsets is None else offsets[layer, 0],
+                branch_scales=None if scaling is None else scaling.rows,
                 gain=_row(norm.weight, rows),
                 shift=_row(norm.bias, rows),
                 eps=norm.eps,
                 eight_bit=eight_bit,
             )
-            branch = self._cross_attention(
+            branch, scaling = self._cross_attention(
                 block.cross_attn, normed, text.keys[layer], text.values[layer], text.distinct
             )
             normed = self._add_norm(
-                rows, branch, gain=gain2, shift=shift2, eps=block.norm2.eps, eight_bit=eight_bit
+                rows,
+                branch,
+                *((None, None) if scaling is None else _columns(scaling)),
+                branch_scales=None if scaling is None else scaling.rows,
+                gain=gain2,
+                shift=shift2,
+                eps=block.norm2.eps,
+                eight_bit=eight_bit,
             )
-            branch = self._feed_forward(block.ffn, normed)
+            branch, scaling = self._feed_forward(block.ffn, normed)
+            gated = {
+                "gate": gate2,
+                "offset": None if offsets is None else offsets[layer, 1],
+                "branch_scales": None if scaling is None else scaling.rows,
+            }
             if layer + 1 < len(blocks):
                 shift, gain = table[layer + 1, :2]
                 normed = self._add_norm(
                     rows,
                     branch,
-                    gate2,
+                    **gated,
                     gain=gain,
                     shift=shift,
                     eps=blocks[layer + 1].norm1.eps,
                     eight_bit=eight_bit,
                 )
             else:
-                self._add_norm(rows, branch, gate2, eps=block.norm2.eps)
+                self._add_norm(rows, branch, **gated, eps=block.norm2.eps)
         return rows.view(shape)
 
     def _self_attention(
@@ -121,22 +166,28 @@ class FusedBlocks:
         num_heads: int,
         positions: PositionTable,
         attend: Any,
-    ) -> Tensor:
+    ) -> Product:
         batch = shape[0]
-        if hasattr(attention, "qkv"):
-            joined = self._linear(attention.qkv, normed).unflatten(0, (batch, -1))
-            projected = joined.chunk(3, dim=2)
-        else:
-            projected = tuple(
+        if not getattr(attend, "takes_projections", False):
+            # The modules' norms want the values themselves.
+            projected = (
                 self._linear(linear, normed).unflatten(0, (batch, -1))
                 for linear in (attention.q, attention.k, attention.v)
             )
-        if getattr(attend, "takes_projections", False):
-            attended = attend.project(layer, *projected, attention, positions)
-        else:
             heads = rotated_heads(attention, *projected, num_heads, positions.cos, positions.sin)
             attended = attend(layer, *heads)
-        return self._linear(attention.o, attended.reshape(-1, shape[2]))
+            return self._product(attention.o, attended.reshape(-1, shape[2]))
+        scaling = None
+        if hasattr(attention, "qkv"):
+            joined, scaling = self._product(attention.qkv, normed)
+            projected = joined.unflatten(0, (batch, -1)).chunk(3, dim=2)
+        else:
+            projected = (
+                self._linear(linear, normed).unflatten(0, (batch, -1))
+                for linear in (attention.q, attention.k, attention.v)
+            )
+        attended = attend.project(layer, *projected, attention, positions, scaling)
+        return self._product(attention.o, attended.reshape(-1, shape[2]))
 
     def _cross_attention(
         self,
@@ -145,29 +196,38 @@ class FusedBlocks:
         text_keys: Tensor,
         text_values: Tensor,
         distinct: Tensor | None,
-    ) -> Tensor:
-        q = self._linear(attention.q, normed)
+    ) -> Product:
+        q, scaling = self._product(attention.q, normed)
         norm = attention.norm_q
-        q = self._add_norm(q, gain=_row(norm.weight, q), eps=norm.eps, rms=True)
+        gain = norm.weight.to(q.device)
+        q = self._rms_norm(q, gain, eps=norm.eps, dtype=text_keys.dtype, scaling=scaling)
         batch, _, num_heads, head_dim = text_keys.shape
         q = q.view(batch, -1, num_heads, head_dim)
         if distinct is None or head_dim not in (self._repeated_head_dims or (head_dim,)):
             attended = dense_attention(q, text_keys, text_values)
         else:  # the padding of a prompt is one row many times over
             attended = self._attend_repeated(q, text_keys, text_values, distinct)
-        return self._linear(attention.o, attended.flatten(0, 1).flatten(1))
+        return self._product(attention.o, attended.flatten(0, 1).flatten(1))
 
-    def _feed_forward(self, ffn: nn.Module, normed: Normed) -> Tensor:
+    def _feed_forward(self, ffn: nn.Module, normed: Normed) -> Product:
         if isinstance(ffn, EightBitFeedForward):
-            wide = ffn.first.multiply(*normed)
-            return ffn.second.multiply(*ffn.second.round(wide, gelu=True))
+            if ffn.first.numbers == torch.int8:
+                wide, scaling = ffn.first.product(*normed)
+            else:  # for rows as wide as these, scaling costs more than the product saves
+                wide, scaling = ffn.first.multiply(*normed), None
+            return ffn.second.product(*ffn.second.round(wide, gelu=True, scaling=scaling))
         first, gelu, second = ffn
         if _is_plain(first, normed) and normed.is_cuda and gelu.approximate == "tanh":
             # The product's own epilogue, which on CUDA is the tanh form.
             wide = torch._addmm_activation(first.bias, normed, first.weight.t(), use_gelu=True)
         else:
             wide = gelu(first(normed))
-        return second(wide)
+        return second(wide), None
+
+    def _product(self, linear: nn.Module, x: Normed) -> Product:
+        if not isinstance(linear, EightBitLinear):
+            return linear(x), None
+        return linear.product(*(x if isinstance(x, tuple) else linear.round(x)))
 
     def _linear(self, linear: nn.Module, x: Normed) -> Tensor:
         if not isinstance(linear, EightBitLinear):
@@ -188,12 +248,36 @@ def blocks_obstacle(blocks: Sequence[nn.Module]) -> str | None:
     return None
 
 
-def _own_modulation(blocks: Sequence[nn.Module]) -> Tensor:
-    """The blocks' own part of the modulation, float32 [layers, 6, 1, dim]; a gain is one more than
-    the scale."""
-    own = torch.stack([block.modulation[0].float() for block in blocks])
-    own[:, 1::3] += 1
-    return own[:, :, None]
+def _own(blocks: Sequence[nn.Module]) -> _Own:
+    modulation = torch.stack([block.modulation[0].float() for block in blocks])
+    modulation[:, 1::3] += 1
+    if not isinstance(blocks[0].self_attn.o, EightBitLinear):
+        nothing = modulation.new_zeros(0)
+        return _Own(modulation[:, :, None], nothing, nothing)
+    layers = [layer for block in blocks for layer in (block.self_attn.o, block.ffn.second)]
+    none = modulation.new_zeros(modulation.shape[2])
+    biases = [none if x.bias is None else x.bias.to(none) for x in layers]
+    columns, offsets = (
+        torch.stack(numbers).unflatten(0, (-1, 2)).unsqueeze(2)
+        for numbers in ([x.scale[0].to(none) for x in layers], biases)
+    )
+    return _Own(modulation[:, :, None], columns, offsets)
+
+
+def _table(own: _Own, modulation: Tensor) -> _Table:
+    """With what the timesteps add, [B, F, 6, dim]."""
+    rows = own.modulation.to(modulation.device) + modulation.float().flatten(0, 1).transpose(0, 1)
+    if not own.columns.numel():
+        return _Table(rows, None)
+    gates = rows[:, 2::3]
+    offsets = gates * own.biases
+    gates *= own.columns
+    return _Table(rows, offsets)
+
+
+def _columns(scaling: Scaling) -> tuple[Tensor, Tensor | None]:
+    """As gate and offset of a product that has no others."""
+    return scaling.columns, None if scaling.bias is None else scaling.bias[None]
 
 
 def _row(parameter: Tensor, like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightforcing.kernels import BlockGrid, pool_blocks
+from lightforcing.kernels.eight_bit import Scaling
 from lightforcing.kernels.reference import project_blocks
 from lightforcing.kernels.triton_projection import project_blocks_triton
 
@@ -129,3 +130,50 @@ def test_without_pooling_and_from_one_product(project, dtype: torch.dtype, devic
         assert (got.double() - expected).norm() <= tolerance * expected.norm()
     assert torch.equal(values[:, [0, 2]].flatten(1, 2).flatten(2), x_v)
     assert (keys[:, 1] == 9).all() and (values[:, 1] == 9).all()
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("kind", ["float", "sums"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_products_of_eight_bit_numbers_are_scaled_on_the_way(
+    project, kind: str, has_bias: bool, batch: int, dtype: torch.dtype, device
+) -> None:
+    """As from the values that the products stand for, which are not rounded in between."""
+    heads, head_dim, tokens = 3, 64, 40
+    width = heads * head_dim
+    joined = torch.randn(batch, 2 * tokens, 3 * width, device=device) * 2000
+    joined = joined.int() if kind == "sums" else joined.to(dtype)
+    scaling = Scaling(
+        torch.rand(batch * 2 * tokens, 1, device=device) / 50,
+        torch.rand(1, 3 * width, device=device) / 50,
+        torch.randn(3 * width, device=device).to(dtype) if has_bias else None,
+    )
+    values = joined.double().flatten(0, 1) * scaling.rows.double() * scaling.columns.double()
+    values = values + scaling.bias.double() if has_bias else values
+    x_q, x_k, x_v = values.unflatten(0, (batch, -1)).chunk(3, 2)
+    weights = [torch.randn(width, device=device).to(dtype) for _ in "qk"]
+    angles = torch.randn(2 * tokens, head_dim // 2, device=device)
+    cos, sin = angles.cos(), angles.sin()
+    slots = torch.tensor([3, 1], dtype=torch.int32, device=device)
+    q_grid, kv_grid = BlockGrid(2 * tokens, 32), BlockGrid(tokens, 16)
+    shape = batch, 5, kv_grid.slot_tokens, heads, head_dim
+    keys, cached = (torch.full(shape, float("nan"), device=device, dtype=dtype) for _ in "kv")
+    pooled = torch.zeros(batch, heads, 5 * kv_grid.blocks_per_segment, head_dim, device=device)
+    q, _ = project(
+        *joined.chunk(3, 2), *weights, EPS, cos, sin, keys, cached, pooled, slots,
+        q_grid=q_grid, kv_grid=kv_grid, scaling=scaling,
+    )  # fmt: skip
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    of_slots = (x[:, [3, 1], :tokens].flatten(1, 2) for x in (keys, cached))
+    for got, expected in zip(
+        (q, *of_slots),
+        (
+            rotated(x_q, weights[0], cos, sin, heads),
+            rotated(x_k, weights[1], cos, sin, heads),
+            x_v.unflatten(-1, (heads, -1)),
+        ),
+        strict=True,
+    ):
+        assert got.dtype == dtype
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
