@@ -80,6 +80,8 @@ class CompiledKernel:
         arch: compute capability, 90 for 9.0.
         shared_bytes, registers: of one program, of one thread.
         spill_bytes: stores and loads of spilled registers, as ptxas reports them.
+        narrow: loads and stores of a single number of one or two bytes. Where addresses are not
+            known to be aligned, there is one for each number and they take several times as long.
         ok: it compiled and fits the architecture's shared memory; and, with the Triton that the
             configurations were chosen with, nothing spills.
         error: why it did not compile, else empty.
@@ -90,6 +92,7 @@ class CompiledKernel:
     shared_bytes: int
     registers: int
     spill_bytes: int
+    narrow: int
     ok: bool
     error: str = ""
 
@@ -150,13 +153,14 @@ def _compile_one(item: tuple[int, str]) -> CompiledKernel:
     try:
         compiled, log = compile_launch(launches(arch)[name](), arch)
     except Exception as error:  # noqa: BLE001  a compiler may fail in any way; the row says how
-        return CompiledKernel(name, arch, 0, 0, 0, False, f"{type(error).__name__}: {error}")
+        return CompiledKernel(name, arch, 0, 0, 0, 0, False, f"{type(error).__name__}: {error}")
     shared = compiled.metadata.shared
     registers = _most(r"Used (\d+) registers", log)
     spill = _most(r"(\d+) bytes spill stores", log) + _most(r"(\d+) bytes spill loads", log)
+    narrow = len(re.findall(r"(?:ld|st)\.global\.(?:\w+::\w+\.)*b(?:8|16)\b", compiled.asm["ptx"]))
     may_spill = not triton.__version__.startswith(TUNED_WITH)
     ok = shared <= SHARED_BYTES[arch] and (may_spill or not spill)
-    return CompiledKernel(name, arch, shared, registers, spill, ok)
+    return CompiledKernel(name, arch, shared, registers, spill, narrow, ok)
 
 
 def _most(pattern: str, log: str) -> int:

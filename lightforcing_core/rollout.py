@@ -31,7 +31,14 @@ from .sparse import SparseAttention, sparse_backend
 from .sparse_settings import SparseSettings
 from .stopwatch import Stopwatch
 from .timesteps import TRAIN_TIMESTEPS, check_steps
-from .wan.forward import PositionTable, TextContext, position_table, wan_forward
+from .wan.forward import (
+    PositionTable,
+    TextContext,
+    TimeContext,
+    position_table,
+    prepare_time,
+    wan_forward,
+)
 
 log = logging.getLogger("lightforcing")
 
@@ -61,6 +68,7 @@ class _Denoiser:
         self.host = host
         self.order = order
         self.forwards = 0
+        self._times: dict[tuple[float, torch.Size], TimeContext] = {}
 
     def positions(self, frames: Sequence[int], latents: Tensor) -> PositionTable:
         height, width = latents.shape[-2:]
@@ -81,14 +89,24 @@ class _Denoiser:
         self.attend.begin_pass(step)
 
         def velocity(x: Tensor, text: TextContext) -> Tensor:
-            timesteps = torch.full((x.shape[0], x.shape[2]), timestep, device=x.device)
+            time = self._time(x, timestep)
             if self.engine is not None:
-                return self.engine(x, timesteps, frames, text, self.attend, positions)
-            return wan_forward(self.tree, x, timesteps, frames, text, self.attend, positions)
+                return self.engine(x, time, frames, text, self.attend, positions)
+            return wan_forward(self.tree, x, time, frames, text, self.attend, positions)
 
         # Not kept as an attribute: a cycle would hold the cache until Python looks for cycles.
         run = self.host or self._run_model
         return run(ModelCall(latents, timestep, frames, step, velocity))
+
+    def _time(self, x: Tensor, timestep: float) -> TimeContext:
+        """Embedded once per run; a host may change the weights between forwards."""
+        key = timestep, torch.Size((x.shape[0], x.shape[2]))
+        time = None if self.host is not None else self._times.get(key)
+        if time is None:
+            timesteps = torch.full(key[1], timestep, device=x.device)
+            time = prepare_time(self.tree, timesteps, x.dtype)
+            self._times[key] = time
+        return time
 
     def _run_model(self, call: ModelCall) -> Tensor:
         """The host where there is none."""

@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..kv_cache import CacheSpec, KVCache
 from ..schedule import Timeline
 from ..sparse_settings import SparseSettings
-from ..wan.forward import PositionTable, SelfAttend, TextContext, wan_forward
+from ..wan.forward import PositionTable, SelfAttend, TextContext, TimeContext, wan_forward
 from .attention import FastDenseAttention, FastSparseAttention, GraphKey
 from .linears import EIGHT_BIT_SPEEDS, block_dtype, with_eight_bit_linears
 from .operations import fused_obstacles, fused_operations
@@ -47,7 +47,7 @@ class _Recording:
 
     graph: torch.cuda.CUDAGraph
     x: Tensor
-    timesteps: Tensor
+    time: TimeContext
     positions: PositionTable
     velocity: Tensor
 
@@ -192,31 +192,32 @@ class ForwardEngine:
     def __call__(
         self,
         x: Tensor,
-        timesteps: Tensor,
+        time: TimeContext,
         frame_indices: Sequence[int],
         text: TextContext,
         attend: SelfAttend,
         positions: PositionTable,
     ) -> Tensor:
-        """Velocity; see `wan_forward` for the arguments."""
+        """Velocity; see `wan_forward` for the arguments, and `prepare_time` for the time."""
         key = None
         if self._graphs and self._may_record(attend):
             key = attend.graph_key()
         if key is None:
-            return self._forward(x, timesteps, frame_indices, text, attend, positions)
+            return self._forward(x, time, frame_indices, text, attend, positions)
         kind = key._replace(generation=min(key.generation, 1)), x.shape, x.dtype
         if kind not in self._seen:
             self._seen.add(kind)
-            return self._forward(x, timesteps, frame_indices, text, attend, positions)
+            return self._forward(x, time, frame_indices, text, attend, positions)
         name = _Name(key, x.shape, x.dtype)
         text = self._held_text(text)
         recording = self._recordings.get(name)
         if recording is None:
             self._drop_others(name)
-            recording = self._record(x, timesteps, frame_indices, text, attend, positions)
+            recording = self._record(x, time, frame_indices, text, attend, positions)
             self._recordings[name] = recording
         recording.x.copy_(x)
-        recording.timesteps.copy_(timesteps)
+        recording.time.embedded.copy_(time.embedded)
+        recording.time.modulation.copy_(time.modulation)
         recording.positions.cos.copy_(positions.cos)
         recording.positions.sin.copy_(positions.sin)
         recording.graph.replay()
@@ -232,20 +233,18 @@ class ForwardEngine:
     def _forward(
         self,
         x: Tensor,
-        timesteps: Tensor,
+        time: TimeContext,
         frame_indices: Sequence[int],
         text: TextContext,
         attend: SelfAttend,
         positions: PositionTable,
     ) -> Tensor:
-        return wan_forward(
-            self.tree, x, timesteps, frame_indices, text, attend, positions, self._blocks
-        )
+        return wan_forward(self.tree, x, time, frame_indices, text, attend, positions, self._blocks)
 
     def _record(
         self,
         x: Tensor,
-        timesteps: Tensor,
+        time: TimeContext,
         frame_indices: Sequence[int],
         text: TextContext,
         attend: FastAttention,
@@ -254,18 +253,19 @@ class ForwardEngine:
         held = PositionTable(
             positions.cos.clone(), positions.sin.clone(), positions.order, positions.places
         )
-        x, timesteps = x.clone(), timesteps.clone()
+        x = x.clone()
+        time = TimeContext(time.timesteps, time.embedded.clone(), time.modulation.clone())
         graph = torch.cuda.CUDAGraph()
         attend.record(True)
         try:
             # Another thread may allocate meanwhile: a decoder, a host's own work.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                velocity = self._forward(x, timesteps, frame_indices, text, attend, held)
+                velocity = self._forward(x, time, frame_indices, text, attend, held)
         finally:
             attend.record(False)
         self._pool = self._pool or graph.pool()
         log.debug("recorded a forward as a CUDA graph")
-        return _Recording(graph, x, timesteps, held, velocity)
+        return _Recording(graph, x, time, held, velocity)
 
     def _held_text(self, text: TextContext) -> TextContext:
         """The prompt at the addresses that recordings name."""

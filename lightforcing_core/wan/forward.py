@@ -5,8 +5,9 @@ offload and casts stay the host's. Self-attention is handed to the caller's `att
 the one seam where the key/value cache, sparsity and training masks come in.
 
 Reference: Wan 2.1 `WanModel.forward` and Self Forcing `CausalWanModel` (modulation per latent
-frame). Deviations: the text is projected once per prompt (`prepare_text`) and not in every
-forward; the order of float32 roundings differs.
+frame). Deviations: the text is projected once per prompt (`prepare_text`), and timesteps can be
+embedded once per run (`prepare_time`), not in every forward; the order of float32 roundings
+differs.
 """
 
 from __future__ import annotations
@@ -46,6 +47,21 @@ class TextContext:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     distinct: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TimeContext:
+    """What the timesteps of some latent frames come to; the same in every forward at them.
+
+    Attributes:
+        timesteps: [B, F], 0..1000.
+        embedded: [B, F, 1, dim], for the head.
+        modulation: [B, F, 6, dim], for the blocks.
+    """
+
+    timesteps: Tensor
+    embedded: Tensor
+    modulation: Tensor
 
 
 @dataclass(frozen=True)
@@ -120,6 +136,14 @@ def timestep_embedding(timesteps: Tensor, freq_dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def prepare_time(tree: nn.Module, timesteps: Tensor, dtype: torch.dtype) -> TimeContext:
+    """Embed timesteps [B, F], 0..1000, one for each latent frame; dtype of the forward."""
+    sinusoid = timestep_embedding(timesteps.flatten(), tree.freq_dim).to(dtype)
+    embedded = tree.time_embedding(sinusoid)  # [B * F, dim]
+    modulation = tree.time_projection(embedded).view(*timesteps.shape, 6, -1)
+    return TimeContext(timesteps, embedded.view(*timesteps.shape, 1, -1), modulation)
+
+
 def position_table(
     tree: nn.Module,
     frame_indices: Sequence[int],
@@ -178,7 +202,7 @@ def _check_latents(tree: nn.Module, x: Tensor, timesteps: Tensor, frames: int) -
 def wan_forward(
     tree: nn.Module,
     x: Tensor,
-    timesteps: Tensor,
+    timesteps: Tensor | TimeContext,
     frame_indices: Sequence[int],
     text: TextContext,
     attend: SelfAttend,
@@ -190,7 +214,8 @@ def wan_forward(
     Args:
         tree: Wan-shaped module tree (`modules.WanModel`, or a host's).
         x: noisy latents [B, C, F, h, w], normalised; h and w divisible by the patch.
-        timesteps: [B, F], 0..1000, one per latent frame.
+        timesteps: [B, F], 0..1000, one per latent frame; or what `prepare_time` made of them for
+            the dtype of x, to reuse it.
         frame_indices: F absolute latent frame indices (rotary positions).
         text: from `prepare_text`.
         attend: self-attention of every layer.
@@ -204,22 +229,24 @@ def wan_forward(
     Raises:
         UserError: shapes that do not fit the model.
     """
-    _check_latents(tree, x, timesteps, len(frame_indices))
-    batch, _, frames, height, width = x.shape
+    if isinstance(timesteps, TimeContext):
+        time = timesteps
+        _check_latents(tree, x, time.timesteps, len(frame_indices))
+    else:
+        _check_latents(tree, x, timesteps, len(frame_indices))
+        time = prepare_time(tree, timesteps, x.dtype)
+    _, _, frames, height, width = x.shape
     if positions is None:
         positions = position_table(tree, frame_indices, height, width, x.device)
     hidden = _embed_patches(tree, x).flatten(3)  # [B, dim, F, T]
     if positions.order is not None:
         hidden = hidden.index_select(3, positions.order)
     hidden = hidden.flatten(2).transpose(1, 2)  # [B, F * T, dim]
-    sinusoid = timestep_embedding(timesteps.flatten(), tree.freq_dim).to(x.dtype)
-    embedded = tree.time_embedding(sinusoid)  # [B * F, dim]
-    modulation = tree.time_projection(embedded).view(batch, frames, 6, -1)
-    embedded = embedded.view(batch, frames, 1, -1)
 
     run = run_blocks or run_each_block
-    hidden = run(tree.blocks, hidden, modulation, tree.num_heads, positions, text, attend)
+    hidden = run(tree.blocks, hidden, time.modulation, tree.num_heads, positions, text, attend)
 
+    embedded = time.embedded
     shift, scale = (_parameter(tree.head.modulation, embedded) + embedded).unbind(2)
     out = tree.head.head(_modulate(tree.head.norm(hidden), shift, scale))
     if positions.places is not None:

@@ -30,6 +30,7 @@ from ...lightforcing_core.wan.forward import (
     PositionTable,
     SelfAttend,
     TextContext,
+    TimeContext,
     wan_forward,
 )
 
@@ -84,7 +85,7 @@ class HostedEngine(ForwardEngine):
     def __call__(
         self,
         x: Tensor,
-        timesteps: Tensor,
+        time: TimeContext,
         frame_indices: Sequence[int],
         text: TextContext,
         attend: SelfAttend,
@@ -97,7 +98,7 @@ class HostedEngine(ForwardEngine):
             self._is_plain = bool(obstacles)
             if obstacles:
                 log.warning("forwards as they stand from here on: %s", "; ".join(obstacles))
-        arguments = x, timesteps, frame_indices, text, attend, positions
+        arguments = x, time, frame_indices, text, attend, positions
         # A compiled MODEL cannot record graphs of its own within.
         if self._is_plain or torch.compiler.is_compiling():
             return wan_forward(self._host_tree, *arguments)

@@ -59,14 +59,41 @@ def test_the_last_clean_pass_never_runs(
 ) -> None:
     calls: list[float] = []
 
-    def counted(tree, x, timesteps, *rest):
-        calls.append(float(timesteps[0, 0]))
-        return wan_forward(tree, x, timesteps, *rest)
+    def counted(tree, x, time, *rest):
+        calls.append(float(time.timesteps[0, 0]))
+        return wan_forward(tree, x, time, *rest)
 
     monkeypatch.setattr("lightforcing.lightforcing_core.rollout.wan_forward", counted)
     chunks = run(tree, text, RolloutSettings(6, 2, STEPS))
     assert calls == [1000, 500, 0, 1000, 500, 0, 1000, 500]
     assert [c.statistics.forwards for c in chunks] == [2, 3, 3]
+
+
+@pytest.mark.parametrize("has_host", [False, True])
+def test_timesteps_are_embedded_once_per_run(
+    tree: WanModel, text: TextContext, has_host: bool
+) -> None:
+    """But before every forward of a host, which may change the weights in between."""
+    embedded = []
+    hook = tree.time_embedding.register_forward_hook(lambda *_: embedded.append(1))
+
+    def host(call):
+        return call.latents - call.timestep / 1000 * call.velocity(call.latents, text)
+
+    try:
+        noise = SeededNoise(0, SHAPE)
+        list(
+            rollout(
+                tree,
+                RolloutSettings(6, 2, STEPS),
+                text,
+                noise,
+                host=host if has_host else None,
+            )
+        )
+    finally:
+        hook.remove()
+    assert len(embedded) == (8 if has_host else len({*STEPS, 0.0}))
 
 
 def test_a_longer_video_begins_with_the_shorter_one(tree: WanModel, text: TextContext) -> None:

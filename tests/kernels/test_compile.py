@@ -73,6 +73,9 @@ def test_nothing_spills_and_all_fits(tmp_path: Path, triton36: Path) -> None:
     assert max(row["spill_bytes"] for row in rows) == 0
     assert max(row["shared_bytes"] for row in rows if row["arch"] in (86, 89, 120)) <= 99 * 1024
     assert min(row["registers"] for row in rows) > 0
+    by_rows = ("norm ", "row ", "rounding ", "scaling ", "projection ")
+    # One: the bias of a head is as many numbers as there are threads.
+    assert [row for row in rows if row["name"].startswith(by_rows) and row["narrow"] > 1] == []
     kinds = {row["name"].split(" ")[0] for row in rows if row["arch"] == 120}
     attention = {"attention", "merge", "pooling", "projection", "quantisation", "scores"}
     rows_and_layers = {"norm", "row", "rounding", "scaling"}
