@@ -18,10 +18,9 @@ from ..lightforcing_core.bench.common import device_name
 from ..lightforcing_core.bench.profile_plot import draw_profile
 from ..lightforcing_core.bench.report import measure, report_text
 from ..lightforcing_core.bench.video import PassMarks
-from ..lightforcing_core.chunk import Chunk
+from ..lightforcing_core.chunk import Chunk, ChunkStatistics
 from ..lightforcing_core.sparse_settings import SparseSettings
-from ..lightforcing_core.vae import StreamingDecoder
-from ..lightforcing_core.video_io import frames_to_uint8
+from .adapter.decoding import BesideDecoder, beside_obstacle, decoding
 from .adapter.forwards import empty_prompt, host_version, load_device, with_listener
 from .adapter.noise_levels import noise_levels
 from .adapter.options import facts_of, sparse_of
@@ -117,7 +116,7 @@ class Benchmark(io.ComfyNode):
         described: dict[str, str] = {}
 
         def make(mark: Mark) -> Run:
-            run = _Run(decoder, mark)
+            run = _Run(model, decoder, mark)
             sample_chunks(
                 with_listener(model, run.before_forward),
                 prompt,
@@ -135,7 +134,14 @@ class Benchmark(io.ComfyNode):
                 described.update(_describe(model, run.info, decoder, width, height, length))
             return run.result()
 
-        found = measure(make, load_device(model), length, videos, described)
+        found = measure(
+            make,
+            load_device(model),
+            length,
+            videos,
+            described,
+            decodes_beside=decoder is not None and beside_obstacle(model, decoder) is None,
+        )
         text = report_text(found)
         note = f"{described['video']}; {device_name(found.device)}, torch {torch.__version__}"
         picture = draw_profile(found.rows, "Where the time of a video goes", note)
@@ -159,7 +165,8 @@ def _describe(
     vae = "none"
     if decoder is not None:
         name = type(decoder.video_vae.network).__name__
-        vae = f"{name}, {_short(decoder.dtype)}, after each chunk"
+        when = "after each" if beside_obstacle(model, decoder) else "beside the next"
+        vae = f"{name}, {_short(decoder.dtype)}, {when} chunk"
     return {
         "ComfyUI": host_version(),
         "model": f"{facts.name if facts else 'of another loader'}, {spec.num_layers} layers, "
@@ -180,14 +187,14 @@ def _short(dtype: torch.dtype) -> str:
 class _Run:
     """One video: its times, and marks of its passes."""
 
-    def __init__(self, vae: StreamingVAE | None, mark: Mark) -> None:
+    def __init__(self, model: Any, vae: StreamingVAE | None, mark: Mark) -> None:
         self.info: RunInfo | None = None
-        self._vae, self._mark = vae, mark
+        self._model, self._vae, self._mark = model, vae, mark
         self._marks: PassMarks | None = None
-        self._decoder: StreamingDecoder | None = None
-        self._chunks: list[ChunkTimes] = []
-        self._begun = self._ended = 0.0
-        self._first_frames: float | None = None
+        self._decoder: BesideDecoder[None] | None = None
+        self._sampled: list[ChunkStatistics] = []
+        self._decoded = _Decoded()
+        self._begun = self._sampled_at = 0.0
 
     def before_forward(self) -> None:
         """The network is about to run."""
@@ -198,12 +205,19 @@ class _Run:
     def watch(self, info: RunInfo) -> Iterator[RunWatcher]:
         """The sampler's `Watch`."""
         self.info = info
-        self._decoder = None if self._vae is None else self._vae.new_decoder()
         self._begun = time.perf_counter()
-        self._marks = PassMarks(self._mark, info.settings)
-        yield self
-        self._marks.end()
-        self._decoder = self._marks = None
+        self._marks = marks = PassMarks(self._mark, info.settings)
+        try:
+            with self._decoding() as self._decoder:
+                yield self
+        finally:
+            self._decoder = self._marks = None
+        marks.end()
+
+    def _decoding(self) -> contextlib.AbstractContextManager[BesideDecoder[None] | None]:
+        if self._vae is None:
+            return contextlib.nullcontext()
+        return decoding(self._model, self._vae, self._decoded.note)
 
     def settings_for_chunk(self, chunk: int) -> SparseSettings | None:
         """As the Sparse Attention node says."""
@@ -211,29 +225,47 @@ class _Run:
         return choice.settings if choice is not None and choice.enabled else None
 
     def chunk_done(self, chunk: Chunk) -> None:
-        """Decode it, and note what it took."""
+        """Have it decoded."""
         assert self._marks is not None
-        decode = None
+        self._sampled.append(chunk.statistics)
         if self._decoder is not None:
-            # The clean pass may be under way in front of it; its time has a column of its own.
-            started = wait(chunk.latents.device)
+            if not self._decoder.is_beside:
+                # The clean pass may be under way in front of it, and has a column of its own.
+                wait(chunk.latents.device)
             self._marks.before_decoding()
-            frames_to_uint8(self._decoder.decode(chunk.latents))
-            decode = time.perf_counter() - started
-            if self._first_frames is None:
-                self._first_frames = time.perf_counter() - self._begun
-        part = chunk.statistics
-        self._chunks.append(
-            ChunkTimes(
-                part.denoise_seconds, part.clean_seconds, decode, part.sparsity, part.density
-            )
-        )
-        self._ended = time.perf_counter()
+            self._decoder.hand_in(None, chunk.latents, chunk.ready)
+        self._sampled_at = time.perf_counter()
         self._marks.chunk_done()
 
     def result(self) -> Run:
         """When the video is made."""
-        return Run(self._chunks, self._ended - self._begun, self._first_frames)
+        decoded = self._decoded.seconds
+        chunks = [
+            ChunkTimes(
+                part.denoise_seconds,
+                part.clean_seconds,
+                decoded[i] if decoded else None,
+                part.sparsity,
+                part.density,
+            )
+            for i, part in enumerate(self._sampled)
+        ]
+        shown_at = self._decoded.at
+        first = shown_at[0] - self._begun if shown_at else None
+        return Run(chunks, max([self._sampled_at, *shown_at]) - self._begun, first)
+
+
+class _Decoded:
+    """Notes what decoding took; knows no decoder, whose memory it would hold."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.at: list[float] = []  # when the frames lay on the host
+
+    def note(self, what: None, frames: Tensor, pixels: np.ndarray, seconds: float) -> None:
+        """A chunk's frames lie on the host."""
+        self.seconds.append(seconds)
+        self.at.append(time.perf_counter())
 
 
 class _Bar:

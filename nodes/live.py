@@ -83,7 +83,7 @@ class LiveRun:
         self._settings = settings
         self._enabled = enabled
         self._next_chunk = 0
-        self._used: dict[str, Any] | None = None
+        self._used: dict[int, dict[str, Any] | None] = {}  # by chunk
         self._marks: list[dict[str, Any]] = []
         self._strips: deque[dict[str, Any]] = deque(maxlen=_STRIPS_KEPT)
         self._strips_made = 0
@@ -110,7 +110,7 @@ class LiveRun:
         with self._lock:
             self._next_chunk = chunk + 1
             used = self._settings if self._enabled else None
-            self._used = None if used is None else asdict(used)
+            self._used[chunk] = None if used is None else asdict(used)
             return used
 
     def chunk_done(
@@ -123,7 +123,7 @@ class LiveRun:
             seconds: that it took, decoding included; None: what sampling took.
         """
         seconds = statistics.seconds if seconds is None else seconds
-        mark = {
+        mark: dict[str, Any] = {
             "index": statistics.index,
             "num_chunks": self._plan.timeline.num_chunks,
             "sparsity": statistics.sparsity,
@@ -131,9 +131,10 @@ class LiveRun:
             "seconds": seconds,
             "frames": pixel_frames,
             "frames_per_second": pixel_frames / max(seconds, 1e-9),
-            "settings": self._used,
         }
         with self._lock:
+            # The next chunk may have begun with others.
+            mark["settings"] = self._used.pop(statistics.index, None)
             self._marks.append(mark)
         self._tell(CHUNK, mark)
 

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import numpy as np
 import torch
 from comfy.utils import ProgressBar
 from comfy_api.latest import InputImpl, io, ui
 from torch import Tensor
 
-from ..lightforcing_core.chunk import Chunk
+from ..lightforcing_core.chunk import Chunk, ChunkStatistics
 from ..lightforcing_core.layout import FrameSize, latent_frames
 from ..lightforcing_core.preview import frame_strips
 from ..lightforcing_core.selection_record import SelectionRecord, record_selection
 from ..lightforcing_core.sparse import SparseAttention
 from ..lightforcing_core.sparse_settings import SparseSettings
-from ..lightforcing_core.vae import StreamingDecoder
 from ..lightforcing_core.vae.latent_stats import LATENT_CHANNELS, normalise_latents
-from ..lightforcing_core.video_io import VideoWriter, frames_to_uint8
+from ..lightforcing_core.video_io import VideoWriter
+from .adapter.decoding import BesideDecoder, decoding
 from .adapter.noise_levels import noise_levels
 from .adapter.sampler import RunInfo, RunWatcher, sample_chunks
 from .adapter.video_vae import as_image, streaming_vae
@@ -182,10 +183,11 @@ class StreamVideo(io.ComfyNode):
         def watch(info: RunInfo) -> Iterator[RunWatcher]:
             writer = VideoWriter(path, width, height, FRAME_RATE)
             with followed(node_id, info) as live, writer:
-                run = _StreamRun(live, writer, decoder.new_decoder(), made)
-                if settings.initial_latent is not None:
-                    run.begin_with(normalise_latents(settings.initial_latent.float()))
-                yield run
+                screen = _Screen(live, writer, made, info.timeline.num_chunks)
+                with decoding(model, decoder, screen.show) as beside:
+                    if settings.initial_latent is not None:
+                        beside.hand_in(None, normalise_latents(settings.initial_latent.float()))
+                    yield _StreamRun(live, beside, made)
 
         bar = ProgressBar(1, node_id=node_id)
         latents = sample_chunks(
@@ -229,43 +231,64 @@ class _Made:
 
 
 class _StreamRun:
-    """The sampler's `RunWatcher`: decodes, writes and shows every chunk."""
+    """The sampler's `RunWatcher`: has every chunk decoded."""
 
-    def __init__(
-        self, live: LiveRun, writer: VideoWriter, decoder: StreamingDecoder, made: _Made
-    ) -> None:
+    def __init__(self, live: LiveRun, decoder: BesideDecoder[_Sampled | None], made: _Made) -> None:
         self._live = live
-        self._writer = writer
         self._decoder = decoder
         self._made = made
-
-    def begin_with(self, latents: Tensor) -> None:
-        """Frames that are given; normalised latents [1, 16, n, h, w]."""
-        self._show(None, latents)
 
     def settings_for_chunk(self, chunk: int) -> SparseSettings | None:
         return self._live.settings_for_chunk(chunk)
 
     def chunk_done(self, chunk: Chunk) -> None:
-        if chunk.ready is not None:
-            # The clean pass may be under way in front of the decoding; it counts as the next
-            # chunk's.
-            torch.cuda.synchronize(chunk.latents.device)
-        started = time.perf_counter()
-        index = chunk.statistics.index
-        frames = self._show(index, chunk.latents)
+        sampled = _Sampled(chunk.statistics, time.perf_counter())
+        self._decoder.hand_in(sampled, chunk.latents, chunk.ready)
         if self._made.record and isinstance(chunk.attention, SparseAttention):
+            index = chunk.statistics.index
             self._made.records.append(record_selection(chunk.attention, index))
-        seconds = chunk.statistics.seconds + time.perf_counter() - started
-        self._live.chunk_done(chunk.statistics, pixel_frames=frames, seconds=seconds)
 
-    def _show(self, chunk: int | None, latents: Tensor) -> int:
-        """Frames of video that these latents are."""
-        frames = self._decoder.decode(latents)
-        pixels = frames_to_uint8(frames)
+
+@dataclass(frozen=True)
+class _Sampled:
+    """What is known of a chunk when it is sampled, at a moment of `time.perf_counter`."""
+
+    statistics: ChunkStatistics
+    moment: float
+
+
+class _Screen:
+    """Writes and shows every chunk that is decoded; knows no decoder, whose memory it would hold.
+
+    Its methods are called in the order of the video, by the thread that decodes.
+    """
+
+    def __init__(self, live: LiveRun, writer: VideoWriter, made: _Made, num_chunks: int) -> None:
+        self._live = live
+        self._writer = writer
+        self._made = made
+        self._num_chunks = num_chunks
+        self._shown_at: float | None = None  # the latest chunk
+
+    def show(
+        self, sampled: _Sampled | None, frames: Tensor, pixels: np.ndarray, seconds: float
+    ) -> None:
+        """Frames of a chunk; without one, those that the video begins with."""
         self._writer.write(pixels)
-        self._live.frames_made(chunk, frame_strips(pixels))
-        if not self._made.collect:
-            self._made.images.clear()
-        self._made.images.append(as_image(frames)[0])
-        return len(pixels)
+        statistics = None if sampled is None else sampled.statistics
+        index = None if statistics is None else statistics.index
+        self._live.frames_made(index, frame_strips(pixels))
+        if self._made.collect or index == self._num_chunks - 1:
+            self._made.images.append(as_image(frames)[0])
+        if sampled is not None:
+            self._live.chunk_done(
+                sampled.statistics, pixel_frames=len(pixels), seconds=self._seconds(sampled)
+            )
+
+    def _seconds(self, sampled: _Sampled) -> float:
+        """What a chunk has added to the time of the video: decoding goes on beside sampling."""
+        now, before = time.perf_counter(), self._shown_at
+        self._shown_at = now
+        if before is None:
+            return sampled.statistics.seconds + now - sampled.moment
+        return now - before

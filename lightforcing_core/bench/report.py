@@ -12,7 +12,7 @@ import torch
 
 from .case import Run
 from .common import device_name, machine_facts
-from .kernel_parts import COPY
+from .kernel_parts import COPY, DECODE
 from .profile import ProfileError, Timeline, profile_table
 
 _GIB = 2**30
@@ -46,6 +46,8 @@ def measure(
     frames: int,
     repeats: int,
     settings: Mapping[str, str],
+    *,
+    decodes_beside: bool = False,
 ) -> Benchmark:
     """Make a video once to warm up, then as often as counts, then once under the profiler.
 
@@ -53,6 +55,7 @@ def measure(
         make: makes the video, and hands on marks as `bench.video.PassMarks` makes them.
         frames: pixel frames of a video.
         settings: what the report says about the video, by name.
+        decodes_beside: on a stream of its own, so that work on other streams is that.
     """
 
     def unmarked(label: str, chunk: int) -> None:
@@ -64,8 +67,8 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     runs = [make(unmarked) for _ in range(repeats)]
     peak = torch.cuda.max_memory_allocated(device) / _GIB if is_cuda else None
-    # A host that keeps weights elsewhere brings and casts them on other streams.
-    timeline, reason = Timeline(device, beside=COPY), ""
+    # Else it is a host's that keeps weights elsewhere, and brings and casts them.
+    timeline, reason = Timeline(device, beside=DECODE if decodes_beside else COPY), ""
     with timeline:
         make(timeline.mark)
         if is_cuda:

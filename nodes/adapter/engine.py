@@ -33,6 +33,7 @@ from ...lightforcing_core.wan.forward import (
     TimeContext,
     wan_forward,
 )
+from .memory import is_dynamic, is_on
 
 log = logging.getLogger("lightforcing")
 
@@ -191,15 +192,14 @@ def engine_obstacles(
 def weights_obstacles(patcher: ModelPatcher, tree: nn.Module, dtype: torch.dtype) -> list[str]:
     """Why weights must go through their modules; empty: they lie there as they are computed."""
     device = patcher.load_device
-    is_dynamic = getattr(patcher, "is_dynamic", None)
-    if is_dynamic is not None and is_dynamic():
+    if is_dynamic(patcher):
         return [
             "ComfyUI brings this model's weights as they are needed (dynamic VRAM); to keep them "
             "on the GPU, start it with --disable-dynamic-vram"
         ]
     obstacles = []
     parameters = dict(tree.named_parameters())
-    away = [name for name, p in parameters.items() if not _is_on(p, device)]
+    away = [name for name, p in parameters.items() if not is_on(p.device, device)]
     if away:
         obstacles.append(
             f"{len(away)} of {len(parameters)} weights are not on {device} (offloaded), the first "
@@ -251,13 +251,6 @@ def _layers(tree: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in tree.blocks.named_modules(prefix="blocks"):
         if next(module.children(), None) is None:
             yield name, module
-
-
-def _is_on(tensor: Tensor, device: torch.device) -> bool:
-    here = tensor.device
-    if here.type != device.type:
-        return False
-    return device.index is None or here.index is None or here.index == device.index
 
 
 def eight_bit_bytes(tree: nn.Module) -> int:

@@ -1,11 +1,52 @@
-"""Memory of a run, asked of ComfyUI before it is taken."""
+"""Memory of a run, asked of ComfyUI before it is taken, and weights that ComfyUI may move."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import comfy.model_management
+import torch
 from comfy.model_patcher import ModelPatcher
+
+_in_use = threading.RLock()
+
+
+def weights_in_use() -> AbstractContextManager[Any]:
+    """For another thread than the run's, while it computes with the weights of a `HeldPatcher`."""
+    return _in_use
+
+
+class HeldPatcher(ModelPatcher):
+    """Of weights that another thread computes with: they move when it has done what it is at.
+
+    ComfyUI moves weights in the thread of the run, whenever something else needs their place.
+    """
+
+    def load(self, *arguments: Any, **more: Any) -> Any:
+        """As `ModelPatcher`."""
+        with _in_use:
+            return super().load(*arguments, **more)
+
+    def unpatch_model(self, *arguments: Any, **more: Any) -> Any:
+        """As `ModelPatcher`."""
+        with _in_use:
+            return super().unpatch_model(*arguments, **more)
+
+
+def is_on(here: torch.device, device: torch.device) -> bool:
+    """Whether what is `here` is where `device` says; without a number any of its kind will do."""
+    if here.type != device.type:
+        return False
+    return device.index is None or here.index is None or here.index == device.index
+
+
+def is_dynamic(patcher: ModelPatcher) -> bool:
+    """Whether ComfyUI brings a model's weights as they are needed, and takes them away again."""
+    asked = getattr(patcher, "is_dynamic", None)
+    return asked is not None and bool(asked())
 
 
 def chunk_bytes(patcher: ModelPatcher, video: Sequence[int], frames_per_chunk: int) -> int:

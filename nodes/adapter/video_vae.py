@@ -12,7 +12,6 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy.utils import ProgressBar
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from ...lightforcing_core.vae.streaming import (
     FRAMES_PER_LATENT,
     SPATIAL_SCALE,
 )
+from .memory import HeldPatcher
 
 _DO = "load wan_2.1_vae, a LightVAE or a TAEHV file for Wan 2.1 with Load VAE"
 # Bytes of tensors per latent pixel and byte of the number type, in a pass of
@@ -59,7 +59,7 @@ class StreamingVAE:
         self.video_vae = video_vae
         self.dtype = dtype
         video_vae.network.to(management.vae_offload_device(), dtype)
-        self.patcher = ModelPatcher(
+        self.patcher = HeldPatcher(
             video_vae.network, load_device=device, offload_device=management.vae_offload_device()
         )
 
@@ -126,7 +126,13 @@ class StreamingVAE:
 
 def as_image(frames: Tensor) -> Tensor:
     """Decoded frames [B, t, 3, H, W] as an IMAGE of videos, [B, t, H, W, 3], where it is kept."""
-    return frames.movedim(2, -1).to(comfy.model_management.intermediate_device())
+    pictures, place = frames.movedim(2, -1), comfy.model_management.intermediate_device()
+    if pictures.device.type != "cuda" or place.type != "cpu":
+        return pictures.to(place)
+    staged = torch.empty_like(pictures, device=place, pin_memory=True)
+    staged.copy_(pictures, non_blocking=True)
+    torch.cuda.current_stream(pictures.device).synchronize()
+    return staged.clone()  # an IMAGE may be kept for long, and pinned memory is scarce
 
 
 def _whole(pixels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Claims checked in ComfyUI's own process: see `inside/in_process.py`, where they are written.
+"""Claims checked in ComfyUI's own process: see the files in `inside/`, where they are written.
 
-That file runs once in a process of ComfyUI's environment, started outside of the repository; every
-test in it is a test here.
+They run once, in one process of ComfyUI's environment, started outside of the repository; every
+test in them is a test here.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-INSIDE = Path(__file__).parent / "inside" / "in_process.py"
+FOLDER = Path(__file__).parent / "inside"
+INSIDE = [FOLDER / f"{name}.py" for name in ("in_process", "decoding_beside")]
 NAMES = [
     node.name
-    for node in ast.parse(INSIDE.read_text()).body
+    for path in INSIDE
+    for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
 ]
 
@@ -30,12 +32,17 @@ def report(
     folder = tmp_path_factory.mktemp("inside")
     done = subprocess.run(
         [
-            *(comfy_python, "-m", "pytest", INSIDE, "--import-mode=importlib", "-q"),
-            *("-c", os.devnull, "--rootdir", INSIDE.parent, "--confcutdir", INSIDE.parent),
+            *(comfy_python, "-m", "pytest", *INSIDE, "--import-mode=importlib", "-q"),
+            *("-c", os.devnull, "--rootdir", FOLDER, "--confcutdir", FOLDER, "-p", "host"),
             *("-p", "no:cacheprovider", "--junitxml", folder / "report.xml"),
         ],
         cwd=folder,
-        env={**os.environ, "COMFYUI_PATH": str(comfy_tree), "COMFY_BASE": str(comfy_base)},
+        env={
+            **os.environ,
+            "COMFYUI_PATH": str(comfy_tree),
+            "COMFY_BASE": str(comfy_base),
+            "PYTHONPATH": str(FOLDER),
+        },
         capture_output=True,
         text=True,
         timeout=400,
