@@ -24,8 +24,9 @@ from .adapter.decoding import BesideDecoder, beside_obstacle, decoding
 from .adapter.forwards import empty_prompt, host_version, load_device, with_listener
 from .adapter.noise_levels import noise_levels
 from .adapter.options import facts_of, sparse_of
-from .adapter.sampler import ChunkSettings, RunInfo, RunWatcher, sample_chunks
+from .adapter.sampler import ChunkSettings, sample_chunks
 from .adapter.video_vae import StreamingVAE, streaming_vae
+from .adapter.watching import RunInfo, RunWatcher
 from .schema import node_schema
 from .stream import empty_video
 

@@ -74,9 +74,9 @@ def speed_input() -> io.Input:
         optional=True,
         tooltip="What runs the model. auto: fast where it can be used, else plain. fast: fused "
         "kernels, recorded as CUDA graphs; needs Triton and a model that lies whole on the GPU in "
-        "bfloat16 or float16. fp8: also multiplies in eight bits (RTX 40 and newer), with copies "
-        "of the weights that take half as much memory again (1.3 GB for 1.3B) while it runs. "
-        "plain: the model's own layers.",
+        "bfloat16 or float16. fp8 (RTX 40 and newer) and int8 (RTX 30 and newer): also multiply in "
+        "eight bits, with copies of the weights that take half as much memory again (1.3 GB for "
+        "1.3B) while they run. plain: the model's own layers.",
     )
 
 

@@ -25,8 +25,9 @@ from ..lightforcing_core.video_io import VideoWriter, frames_to_uint8
 from ..lightforcing_core.video_quality import QualityMeter, VideoQuality
 from .adapter.noise_levels import noise_levels
 from .adapter.options import SparseChoice, sparse_of, without_sparse
-from .adapter.sampler import ChunkSettings, RunInfo, RunWatcher, sample_chunks
+from .adapter.sampler import ChunkSettings, sample_chunks
 from .adapter.video_vae import StreamingVAE, streaming_vae
+from .adapter.watching import RunInfo, RunWatcher
 from .chunk_sampler import chunk_inputs, chunk_settings
 from .following import FRAME_RATE
 from .schema import check_choices, node_schema

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..lightforcing_core.chunk import Chunk
 from ..lightforcing_core.layout import TEMPORAL_COMPRESSION
 from ..lightforcing_core.sparse_settings import SparseSettings
-from .adapter.sampler import RunInfo, RunWatcher, Watch
+from .adapter.watching import RunInfo, RunWatcher, Watch
 from .live import LiveRun, RunPlan
 from .routes import live_run
 

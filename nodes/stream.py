@@ -26,8 +26,9 @@ from ..lightforcing_core.vae.latent_stats import LATENT_CHANNELS, normalise_late
 from ..lightforcing_core.video_io import VideoWriter
 from .adapter.decoding import BesideDecoder, decoding
 from .adapter.noise_levels import noise_levels
-from .adapter.sampler import RunInfo, RunWatcher, sample_chunks
+from .adapter.sampler import sample_chunks
 from .adapter.video_vae import as_image, streaming_vae
+from .adapter.watching import RunInfo, RunWatcher
 from .chunk_sampler import chunk_inputs, chunk_settings, speed_input
 from .following import FRAME_RATE, followed
 from .live import LiveRun

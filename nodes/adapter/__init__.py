@@ -7,6 +7,7 @@ other nodes need:
   `embedded`).
 - `patch_model`, `sparse_of`: sparse attention's settings on a MODEL (`patching`, `options`).
 - `ChunkSettings`, `ChunkSampler`, `sample_chunks`: making a video (`sampler`). A `Watch` follows
-  the run: it gets every chunk as it is done and may change its sparsity.
-- `streaming_vae`: any supported VAE as a `VideoVAE` that decodes chunk by chunk (`video_vae`).
+  the run: it gets every chunk as it is done and may change its sparsity (`watching`).
+- `streaming_vae`: any supported VAE as a `VideoVAE` that decodes chunk by chunk (`video_vae`);
+  `decoding`: that, beside the sampling of a run (`decoding`).
 """

@@ -21,11 +21,17 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ...lightforcing_core.errors import UserError
+from ...lightforcing_core.fast.engine import SPEEDS as CORE_SPEEDS
 from ...lightforcing_core.fast.engine import ForwardEngine
-from ...lightforcing_core.fast.linears import eight_bit_obstacle, with_eight_bit_linears
+from ...lightforcing_core.fast.linears import (
+    EIGHT_BIT_LAYERS,
+    EIGHT_BIT_SPEEDS,
+    with_eight_bit_linears,
+)
 from ...lightforcing_core.fast.operations import fused_obstacles
 from ...lightforcing_core.fast.stack import blocks_obstacle
 from ...lightforcing_core.memory import GIB
+from ...lightforcing_core.presets import eight_bit_obstacles
 from ...lightforcing_core.wan.forward import (
     PositionTable,
     SelfAttend,
@@ -37,7 +43,7 @@ from .memory import is_dynamic, is_on
 
 log = logging.getLogger("lightforcing")
 
-SPEEDS = ("auto", "plain", "fast", "fp8")
+SPEEDS = ("auto", *CORE_SPEEDS)
 """auto: fast where nothing is in its way, else plain; the others as for the core's engine."""
 
 _told: set[str] = set()
@@ -61,7 +67,7 @@ class HostedEngine(ForwardEngine):
         tree: nn.Module,
         dtype: torch.dtype,
         *,
-        eight_bit: bool = False,
+        eight_bit: torch.dtype | None = None,
         seen: set[Hashable] | None = None,
     ) -> None:
         """
@@ -69,10 +75,11 @@ class HostedEngine(ForwardEngine):
             patcher: the MODEL.
             tree: of its weights.
             dtype: of the forwards.
-            eight_bit: exchange the linear layers of the blocks for copies in eight bits.
+            eight_bit: exchange the linear layers of the blocks for copies in such numbers.
             seen: as for `ForwardEngine`.
         """
-        super().__init__(with_eight_bit_linears(tree) if eight_bit else tree, seen=seen)
+        run_tree = tree if eight_bit is None else with_eight_bit_linears(tree, eight_bit)
+        super().__init__(run_tree, seen=seen)
         self._patcher, self._host_tree, self._dtype = patcher, tree, dtype
         self._slots = [
             (module._parameters, name)
@@ -157,7 +164,7 @@ def run_engine(
     """
     if speed == "plain":
         return None
-    obstacles = engine_obstacles(patcher, tree, dtype, eight_bit=speed == "fp8")
+    obstacles = engine_obstacles(patcher, tree, dtype, speed)
     if speed == "auto" and not obstacles:
         free = comfy.model_management.get_free_memory(patcher.load_device)
         if free < needed_bytes:
@@ -171,22 +178,24 @@ def run_engine(
             )
         _tell_once(f"forwards as they stand, not fused: {'; '.join(obstacles)}")
         return None
-    seen = _seen.setdefault(patcher.model, {}).setdefault((speed == "fp8", dtype, kind), set())
-    return HostedEngine(patcher, tree, dtype, eight_bit=speed == "fp8", seen=seen)
+    numbers = EIGHT_BIT_SPEEDS.get(speed)
+    seen = _seen.setdefault(patcher.model, {}).setdefault((numbers, dtype, kind), set())
+    return HostedEngine(patcher, tree, dtype, eight_bit=numbers, seen=seen)
 
 
 def engine_obstacles(
-    patcher: ModelPatcher, tree: nn.Module, dtype: torch.dtype, *, eight_bit: bool = False
+    patcher: ModelPatcher, tree: nn.Module, dtype: torch.dtype, speed: str = "fast"
 ) -> list[str]:
     """Why a MODEL that has been loaded cannot be run by the engine; empty: it can."""
     device = patcher.load_device
-    obstacles = fused_obstacles(device, dtype)
+    if speed in EIGHT_BIT_SPEEDS:
+        widths = {width for linear in _eight_bit_layers(tree) for width in linear.weight.shape}
+        obstacles = eight_bit_obstacles(speed, device, dtype, tuple(widths))
+    else:
+        obstacles = fused_obstacles(device, dtype)
     if (unlike := blocks_obstacle(tree.blocks)) is not None:
         obstacles.append(unlike)
-    obstacles += weights_obstacles(patcher, tree, dtype)
-    if eight_bit and (unable := eight_bit_obstacle(device, dtype)) is not None:
-        obstacles.append(f"eight-bit layers: {unable}")
-    return obstacles
+    return obstacles + weights_obstacles(patcher, tree, dtype)
 
 
 def weights_obstacles(patcher: ModelPatcher, tree: nn.Module, dtype: torch.dtype) -> list[str]:
@@ -256,13 +265,17 @@ def _layers(tree: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def eight_bit_bytes(tree: nn.Module) -> int:
     """What the eight-bit copies of a tree's layers take."""
     total = 0
-    for block in tree.blocks:
-        own, cross = block.self_attn, block.cross_attn
-        copied = (own.q, own.k, own.v, own.o, cross.q, cross.o, block.ffn[0], block.ffn[2])
-        for linear in copied:
-            wide, narrow = linear.weight.shape
-            total += wide * narrow + 6 * wide  # and scale and bias of each output
+    for linear in _eight_bit_layers(tree):
+        wide, narrow = linear.weight.shape
+        total += wide * narrow + 6 * wide  # and scale and bias of each output
     return total
+
+
+def _eight_bit_layers(tree: nn.Module) -> Iterator[nn.Module]:
+    """Those that eight-bit speeds exchange."""
+    for block in tree.blocks:
+        for name in EIGHT_BIT_LAYERS:
+            yield block.get_submodule(name)
 
 
 def _tell_once(message: str) -> None:

@@ -7,10 +7,9 @@ where the network itself would run, the core's forward runs on the same module t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -20,8 +19,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...lightforcing_core.checkpoints.presets import Preset
-from ...lightforcing_core.chunk import Chunk
 from ...lightforcing_core.errors import UserError
+from ...lightforcing_core.fast.linears import EIGHT_BIT_SPEEDS
 from ...lightforcing_core.kv_cache import CacheSpec
 from ...lightforcing_core.noise import (
     NativeNoise,
@@ -32,14 +31,14 @@ from ...lightforcing_core.noise import (
 )
 from ...lightforcing_core.rollout import cache_spec, rollout
 from ...lightforcing_core.rollout_settings import RolloutSettings
-from ...lightforcing_core.schedule import Timeline
 from ...lightforcing_core.sparse_settings import SparseSettings
 from ...lightforcing_core.timesteps import TRAIN_TIMESTEPS
 from .chunk_run import ChunkRun, StepCallback
 from .engine import SPEEDS, eight_bit_bytes, run_engine
 from .memory import chunk_bytes, reserve
-from .options import SparseChoice, facts_of, sparse_of
+from .options import facts_of, sparse_of
 from .wan_tree import compute_dtype, wan_tree
+from .watching import RunInfo, Watch, unwatched
 
 NOISE_RULES = ("seeded", "native", "released")
 
@@ -71,64 +70,6 @@ class ChunkSettings:
             raise UserError(f"no noise rule '{self.noise}'; choose one of {', '.join(NOISE_RULES)}")
         if self.speed not in SPEEDS:
             raise UserError(f"no speed '{self.speed}'; choose one of {', '.join(SPEEDS)}")
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """A run that is about to begin.
-
-    Attributes:
-        choice: what the Sparse Attention node said; None without one, and then nothing can be
-            changed.
-        settings: lengths, steps and window as they have come out.
-        given_frames: latent frames the video begins with.
-        speed: what runs the forwards: 'plain', 'fast' or 'fp8'.
-        spec: of the key/value cache: the model's layers and heads, tokens of a frame.
-    """
-
-    choice: SparseChoice | None
-    settings: RolloutSettings
-    given_frames: int
-    spec: CacheSpec
-    speed: str
-
-    @property
-    def timeline(self) -> Timeline:
-        """The chunks to come."""
-        return self.settings.timeline(self.given_frames)
-
-
-class RunWatcher(Protocol):
-    """Somebody who follows a run, and may change its sparsity between chunks."""
-
-    def settings_for_chunk(self, chunk: int) -> SparseSettings | None:
-        """Asked before every chunk, index from 0; None: dense. Block sizes must stay."""
-        ...
-
-    def chunk_done(self, chunk: Chunk) -> None:
-        """Called with every chunk as soon as its last denoising step is done.
-
-        `chunk.latents` are normalised, float32 [B, 16, frames, h, w], on the model's device.
-        """
-        ...
-
-
-class PlainRun:
-    """The watcher of a run that nobody follows: the node's settings hold throughout."""
-
-    def __init__(self, info: RunInfo) -> None:
-        self._choice = info.choice
-
-    def settings_for_chunk(self, chunk: int) -> SparseSettings | None:
-        choice = self._choice
-        return choice.settings if choice is not None and choice.enabled else None
-
-    def chunk_done(self, chunk: Chunk) -> None:
-        pass
-
-
-# Entered as the run begins, and left when it ends, however it ends.
-Watch = Callable[[RunInfo], AbstractContextManager[RunWatcher]]
 
 
 class ChunkSampler(comfy.samplers.Sampler):
@@ -202,15 +143,16 @@ class ChunkSampler(comfy.samplers.Sampler):
         forward_bytes = chunk_bytes(patcher, noise.shape, settings.frames_per_chunk)
         needed = spec.total_bytes + forward_bytes + self.also_bytes
         with_engine = needed + forward_bytes  # recordings keep what a forward takes to themselves
-        if self.settings.speed == "fp8":
+        speed = self.settings.speed
+        if speed in EIGHT_BIT_SPEEDS:
             with_engine += eight_bit_bytes(tree)
-        is_chosen = self.settings.speed in ("fast", "fp8")
+        is_chosen = speed not in ("auto", "plain")
         reserve(patcher, with_engine if is_chosen else needed, self.also_load)
         engine = run_engine(
             patcher,
             tree,
             dtype,
-            self.settings.speed,
+            speed,
             needed_bytes=with_engine,
             kind=_launch_kind(spec, settings.sparse),
         )
@@ -221,8 +163,8 @@ class ChunkSampler(comfy.samplers.Sampler):
         lengths = settings.chunk_lengths(given_frames)
         run = ChunkRun(model_wrap, extra_args, callback, _steps(settings, lengths), dtype)
         parts = [] if given is None else [given.to(noise)]
-        speed = "plain" if engine is None else self.settings.speed
-        info = RunInfo(choice, settings, given_frames, spec, "fast" if speed == "auto" else speed)
+        ran = "plain" if engine is None else "fast" if speed == "auto" else speed
+        info = RunInfo(choice, settings, given_frames, spec, ran)
         with (self.watch or unwatched)(info) as watcher, run:
             chunks = rollout(
                 tree,
@@ -297,12 +239,6 @@ class ChunkSampler(comfy.samplers.Sampler):
                 seed, shape, settings.num_frames, noise.device, given_frames=given_frames
             )
         return SeededNoise(seed, shape, noise.device)
-
-
-@contextlib.contextmanager
-def unwatched(info: RunInfo) -> Iterator[RunWatcher]:
-    """The `Watch` of runs that nobody follows."""
-    yield PlainRun(info)
 
 
 def steps_of(sigmas: Sequence[float], name: str) -> tuple[float, ...]:

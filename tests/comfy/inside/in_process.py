@@ -380,8 +380,10 @@ def test_what_is_in_the_way_of_the_engine():
     patcher, tree = comfy_wan(ops, bf16)
     assert engines.weights_obstacles(patcher, tree, bf16) == []
     assert engines.eight_bit_bytes(tree) > 2 * 6 * 256 * 256 + 2 * 2 * 256 * 512
-    on_cpu = engines.engine_obstacles(patcher, tree, bf16, eight_bit=True)
+    on_cpu = engines.engine_obstacles(patcher, tree, bf16, "fp8")
     assert len(on_cpu) == 2 and all("CUDA device" in reason for reason in on_cpu)
+    # Eight-bit integers can be multiplied here; only the kernels cannot run.
+    assert engines.engine_obstacles(patcher, tree, bf16, "int8") == on_cpu[:1]
 
     # ComfyUI keeps the patch embedding in float32, which is no obstacle; other types are.
     assert tree.patch_embedding.weight.dtype == torch.float32
@@ -446,8 +448,11 @@ def test_a_chosen_speed_that_cannot_be_had_says_every_reason(model, prompt, capl
         sample(model, prompt, speed="fast")
     with pytest.raises(UserError, match=r"the kernels need .*; eight-bit layers: they need a"):
         sample(model, prompt, speed="fp8")
+    with pytest.raises(UserError, match="the speed 'int8' cannot be used: the kernels need a CUDA"):
+        sample(model, prompt, speed="int8")
     assert caches_alive() == 0
-    with pytest.raises(UserError, match="no speed 'warp'; choose one of auto, plain, fast, fp8"):
+    speeds = "auto, plain, fast, fp8, int8"
+    with pytest.raises(UserError, match=f"no speed 'warp'; choose one of {speeds}"):
         sample(model, prompt, speed="warp")
     plain = sample(model, prompt, speed="plain")
     engines._told.clear()
@@ -455,6 +460,52 @@ def test_a_chosen_speed_that_cannot_be_had_says_every_reason(model, prompt, capl
     for _ in range(2):
         assert torch.equal(sample(model, prompt, speed="auto"), plain)
     assert caplog.text.count("not fused: the kernels need a CUDA device") == 1
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0)])
+def test_eight_bit_speeds_are_refused_as_the_core_refuses_them(monkeypatch, capability):
+    """In its words: by the card, by the numbers computed in, by widths."""
+    presets, linears = ours("lightforcing_core.presets"), ours("lightforcing_core.fast.linears")
+    cuda, bf16 = torch.device("cuda:0"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for module in (presets, engines):
+        monkeypatch.setattr(module, "fused_obstacles", lambda device, dtype: [])
+    monkeypatch.setattr(engines, "weights_obstacles", lambda *args: [])
+    patcher, tree = comfy_wan(comfy.ops.disable_weight_init, bf16)
+    patcher.load_device = cuda
+    for speed, least in (("fp8", (8, 9)), ("int8", (8, 0))):
+        found = engines.engine_obstacles(patcher, tree, bf16, speed)
+        assert found == presets.eight_bit_obstacles(speed, cuda, bf16)
+        assert (not found) == (capability >= least)
+    if capability >= (8, 0):
+        assert engines.engine_obstacles(patcher, tree, torch.float16, "int8") == []
+        tree.blocks[0].ffn[0].weight.data = torch.zeros(300, 256, dtype=bf16)
+        (reason,) = engines.engine_obstacles(patcher, tree, bf16, "int8")
+        assert "eight-bit layers: they need widths that are multiples of 8, not 300" in reason
+        assert reason == presets.eight_bit_obstacles("int8", cuda, bf16, (300,))[0]
+    assert linears.EIGHT_BIT_SPEEDS.keys() <= set(engines.SPEEDS)
+
+
+def test_int8_runs_the_blocks_in_integers(model, prompt, monkeypatch):
+    """Near the video in full, with copies: the MODEL's own layers stay as they are."""
+    expected = sample(with_sparsity(model), prompt, frames=6)
+    monkeypatch.setattr(engines, "engine_obstacles", lambda *args: [])
+    asked, made = [], []
+    monkeypatch.setattr(sampling, "reserve", lambda patcher, needed, also: asked.append(needed))
+    run_engine = sampling.run_engine
+    monkeypatch.setattr(
+        sampling, "run_engine", lambda *args, **kw: made.append(run_engine(*args, **kw)) or made[-1]
+    )
+    rounded = sample(with_sparsity(model), prompt, frames=6, speed="int8")
+    sample(with_sparsity(model), prompt, frames=6, speed="fast")
+    numbers = [engine.tree.blocks[0].self_attn.o.weight.dtype for engine in made]
+    assert numbers == [torch.int8, torch.float32]
+    assert 1e-3 < error(rounded, expected) < 0.2
+    tree = model.model.diffusion_model
+    assert asked[0] - asked[1] == engines.eight_bit_bytes(tree) > 0
+    assert tree.blocks[0].self_attn.o.weight.dtype == torch.float32
+    assert made[0]._seen is not made[1]._seen
+    made.clear()
 
 
 def test_auto_does_without_the_engine_rather_than_without_memory(model, monkeypatch, caplog):
