@@ -51,14 +51,16 @@ class ChunkDecoder:
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cuda":
             self._stream = decoder.side_stream(device)
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="lightforcing-decode")
+            self._pool = decoder.side_thread()
 
     def __enter__(self) -> ChunkDecoder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for future in self._pending:
+            future.cancel()
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.submit(int).result()  # after what has begun, also if nobody took it
         self._pending.clear()
 
     def submit(self, latents: Tensor, ready: torch.cuda.Event | None = None) -> None:

@@ -10,6 +10,7 @@ frames [B, t, 3, 8 h, 8 w], RGB in [0, 1]. A stream of T latent frames is 1 + 4 
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -148,6 +149,7 @@ class StreamingDecoder:
         self._fast_device: torch.device | None = None
         self._side_stream: torch.cuda.Stream | None = None
         self._side_device: torch.device | None = None
+        self._side_thread: ThreadPoolExecutor | None = None
         self._state: WanVAEState | TAEHVDecoderState | None = None
 
     @property
@@ -174,6 +176,14 @@ class StreamingDecoder:
         if self._side_stream is None or self._side_device != device:
             self._side_stream, self._side_device = torch.cuda.Stream(device), device
         return self._side_stream
+
+    def side_thread(self) -> ThreadPoolExecutor:
+        """A thread to decode on beside other work; the same one for every video, since cuDNN plans
+        its convolutions and attention anew for each thread, which takes longer than a chunk does.
+        It ends with the decoder."""
+        if self._side_thread is None:
+            self._side_thread = ThreadPoolExecutor(1, thread_name_prefix="lightforcing-decode")
+        return self._side_thread
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
