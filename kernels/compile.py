@@ -452,7 +452,7 @@ def _small_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
 
     def repeated(head_dim: int) -> Launch:
         q, k = _meta(1, 4680, _HEADS, head_dim), _meta(1, 512, _HEADS, head_dim)
-        return plan_repeated(q, k, k, _meta(1, dtype=torch.int32), q, arch)
+        return plan_repeated(q, k, k, _meta(1, dtype=torch.int32), q)
 
     def projection(
         head_dim: int,

@@ -13,9 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_repeated
-from .launch import Launch, check_tensors, compute_capability, strides
+from .launch import Launch, check_tensors, strides
 
 HEAD_DIMS = (64, 128)
+_BLOCK_M, _BLOCK_N = 64, 32
+"""Small, since prompts are short: several programs share a multiprocessor and wait for each other
+less."""
 
 
 @triton.jit(do_not_specialize=["q_rows", "k_rows"])
@@ -93,17 +96,13 @@ def attend_repeated_triton(q: Tensor, k: Tensor, v: Tensor, distinct: Tensor) ->
         raise ValueError(f"distinct must be on {q.device}, got {distinct.device}")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel():
-        plan_repeated(q, k, v, distinct, out, compute_capability(q.device)).run()
+        plan_repeated(q, k, v, distinct, out).run()
     return out
 
 
-def plan_repeated(
-    q: Tensor, k: Tensor, v: Tensor, distinct: Tensor, out: Tensor, arch: int
-) -> Launch:
+def plan_repeated(q: Tensor, k: Tensor, v: Tensor, distinct: Tensor, out: Tensor) -> Launch:
     """The launch for arguments that have been checked."""
     batch, q_rows, heads, head_dim = q.shape
-    # Shared memory for the larger tile, and registers, are what datacenter cards have more of.
-    block_m, warps = (128, 8) if arch in (90, 100) else (64, 4)
     arguments = {
         "q": q,
         "k": k,
@@ -118,8 +117,8 @@ def plan_repeated(
         **strides("v", v, "bsh"),
         **strides("out", out, "bsh"),
         "HEAD_DIM": head_dim,
-        "BLOCK_M": block_m,
-        "BLOCK_N": 64,
+        "BLOCK_M": _BLOCK_M,
+        "BLOCK_N": _BLOCK_N,
     }
-    grid = (triton.cdiv(q_rows, block_m), heads, batch)
-    return Launch(attend_repeated_kernel, grid, arguments, {"num_warps": warps, "num_stages": 2})
+    grid = (triton.cdiv(q_rows, _BLOCK_M), heads, batch)
+    return Launch(attend_repeated_kernel, grid, arguments, {"num_warps": 4, "num_stages": 2})
