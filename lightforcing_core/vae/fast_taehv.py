@@ -22,6 +22,7 @@ from .channel_operations import ChannelOperations
 from .taehv import TAEHV, TAEHVDecoderState
 
 _BLOCKS_PER_STAGE = 3
+_FRAMES_AT_ONCE = 2  # of the last stage, before they grow in time and size
 
 
 def _pack(conv: torch.nn.Conv2d, *, frames: int = 1) -> PackedWeights:
@@ -127,9 +128,19 @@ class FastTAEHVDecoder:
                 block(self._run, buffer, target if is_last else target[:, 1:])
                 buffer = target
             features, convolution, bias = buffer, enlarging, None
-        features = self._run.convolve(features, convolution, is_rectified=True)
-        frames = self._run.convolve_to_planes(
-            features, self._last, bias=self._last_bias, scale=1.0, shift=0.0
+        # Piece by piece: features of all frames at full size are the largest thing by far.
+        frames = torch.cat(
+            [
+                self._run.convolve_to_planes(
+                    self._run.convolve(part, convolution, is_rectified=True),
+                    self._last,
+                    bias=self._last_bias,
+                    scale=1.0,
+                    shift=0.0,
+                )
+                for part in features.split(_FRAMES_AT_ONCE, dim=1)
+            ],
+            dim=1,
         )
         seen = latents.shape[1] + (state.latents_seen if state else 0)
         return frames, TAEHVDecoderState(tuple(memories), seen)
