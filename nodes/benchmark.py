@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +23,7 @@ from ..lightforcing_core.bench.video import PassMarks
 from ..lightforcing_core.chunk import Chunk, ChunkStatistics
 from ..lightforcing_core.sparse_settings import SparseSettings
 from .adapter.decoding import BesideDecoder, beside_obstacle, decoding
-from .adapter.forwards import empty_prompt, host_version, load_device, with_listener
+from .adapter.forwards import ForwardTally, empty_prompt, host_version, load_device, with_listener
 from .adapter.noise_levels import noise_levels
 from .adapter.options import facts_of, sparse_of
 from .adapter.sampler import ChunkSettings, sample_chunks
@@ -115,6 +117,7 @@ class Benchmark(io.ComfyNode):
             decoder.load(*latent_image.shape[3:])
         bar = _Bar(videos + 2)
         described: dict[str, str] = {}
+        tallies: list[ForwardTally] = []
 
         def make(mark: Mark) -> Run:
             run = _Run(model, decoder, mark)
@@ -132,7 +135,11 @@ class Benchmark(io.ComfyNode):
             )
             bar.next_run()
             if run.info is not None:
-                described.update(_describe(model, run.info, decoder, width, height, length))
+                tallies.append(run.info.forwards)
+                # The first video only warms up, and records less than those that count.
+                forwards = functools.reduce(operator.add, tallies[1:] or tallies)
+                video = f"{length} frames of {width}x{height}"
+                described.update(_describe(model, run.info, forwards, decoder, video))
             return run.result()
 
         found = measure(
@@ -152,7 +159,7 @@ class Benchmark(io.ComfyNode):
 
 
 def _describe(
-    model: Any, info: RunInfo, decoder: StreamingVAE | None, width: int, height: int, length: int
+    model: Any, info: RunInfo, forwards: ForwardTally, decoder: StreamingVAE | None, video: str
 ) -> dict[str, str]:
     """What the report says about the videos."""
     facts = facts_of(model.model_options)
@@ -172,10 +179,10 @@ def _describe(
         "ComfyUI": host_version(),
         "model": f"{facts.name if facts else 'of another loader'}, {spec.num_layers} layers, "
         f"{spec.num_heads} heads of {spec.head_dim}, {_short(spec.dtype)}",
-        "video": f"{length} frames of {width}x{height}",
+        "video": video,
         "chunks": f"{len(settings.chunk_lengths())} of {settings.frames_per_chunk} latent frames, "
         f"{len(settings.steps)} steps, {history}",
-        "forwards": info.speed,
+        "forwards": str(forwards),
         "attention": attention,
         "vae": vae,
     }

@@ -39,6 +39,7 @@ from ...lightforcing_core.wan.forward import (
     TimeContext,
     wan_forward,
 )
+from .forwards import ForwardTally
 from .memory import is_dynamic, is_on
 
 log = logging.getLogger("lightforcing")
@@ -68,6 +69,7 @@ class HostedEngine(ForwardEngine):
         dtype: torch.dtype,
         *,
         eight_bit: torch.dtype | None = None,
+        tally: ForwardTally | None = None,
         seen: set[Hashable] | None = None,
     ) -> None:
         """
@@ -76,6 +78,7 @@ class HostedEngine(ForwardEngine):
             tree: of its weights.
             dtype: of the forwards.
             eight_bit: exchange the linear layers of the blocks for copies in such numbers.
+            tally: counts the forwards of the run.
             seen: as for `ForwardEngine`.
         """
         run_tree = tree if eight_bit is None else with_eight_bit_linears(tree, eight_bit)
@@ -88,7 +91,8 @@ class HostedEngine(ForwardEngine):
             if parameter is not None
         ]
         self._addresses = self._find_addresses()
-        self._is_plain = False
+        self._tally = tally or ForwardTally("fast")
+        self._is_plain = self._is_recording = False
 
     def __call__(
         self,
@@ -105,28 +109,46 @@ class HostedEngine(ForwardEngine):
             obstacles = weights_obstacles(self._patcher, self._host_tree, self._dtype)
             self._is_plain = bool(obstacles)
             if obstacles:
-                log.warning("forwards as they stand from here on: %s", "; ".join(obstacles))
+                self._tally.reason = "; ".join(obstacles)
+                log.warning("forwards as they stand from here on: %s", self._tally.reason)
         arguments = x, time, frame_indices, text, attend, positions
-        # A compiled MODEL cannot record graphs of its own within.
-        if self._is_plain or torch.compiler.is_compiling():
+        # A compiled MODEL cannot record graphs of its own within; nor can it count, or every number
+        # would be compiled.
+        if torch.compiler.is_compiling():
             return wan_forward(self._host_tree, *arguments)
+        if self._is_plain:
+            self._tally.plain += 1
+            return wan_forward(self._host_tree, *arguments)
+        launched = self._tally.fused
         try:
-            return super().__call__(*arguments)
+            velocity = super().__call__(*arguments)
         except _NotRecordedError as error:
             # As text, and left behind: an error holds the tensors of where it was raised.
+            self._tally.reason = f"recording failed: {error}"
             log.warning("forwards are not recorded as CUDA graphs from here on: %s", str(error))
+        else:
+            self._tally.replayed += self._tally.fused == launched
+            return velocity
         self.forget_recordings()
         self._graphs = False
         return super().__call__(*arguments)
 
+    def _forward(self, *arguments: Any) -> Tensor:
+        """As `ForwardEngine`; to be recorded, or to be run at once."""
+        self._tally.fused += not self._is_recording
+        return super()._forward(*arguments)
+
     def _record(self, *arguments: Any) -> Any:
         """As `ForwardEngine`. It fails where another node's code waits for the device, or memory is
         short; nothing has been computed then."""
+        self._is_recording = True
         try:
             return super()._record(*arguments)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()
             raise _NotRecordedError(reason[0] if reason else type(error).__name__) from error
+        finally:
+            self._is_recording = False
 
     def _has_moved(self) -> bool:
         """Whether weights have changed places since this was last asked."""
@@ -146,6 +168,7 @@ def run_engine(
     speed: str,
     *,
     needed_bytes: int,
+    tally: ForwardTally | None = None,
     kind: Hashable = None,
 ) -> ForwardEngine | None:
     """The engine of a run that is about to begin; None: forwards as they stand.
@@ -157,6 +180,7 @@ def run_engine(
         speed: one of SPEEDS.
         needed_bytes: what the run needs with an engine; auto does without one rather than without
             memory.
+        tally: counts the run's forwards; is told if auto becomes plain.
         kind: what runs have in common that launch the same kernels.
 
     Raises:
@@ -176,11 +200,14 @@ def run_engine(
             raise UserError(
                 f"the speed '{speed}' cannot be used: {'; '.join(obstacles)}; choose auto or plain"
             )
-        _tell_once(f"forwards as they stand, not fused: {'; '.join(obstacles)}")
+        reasons = "; ".join(obstacles)
+        _tell_once(f"forwards as they stand, not fused: {reasons}")
+        if tally is not None:
+            tally.speed, tally.reason = "plain", reasons
         return None
     numbers = EIGHT_BIT_SPEEDS.get(speed)
     seen = _seen.setdefault(patcher.model, {}).setdefault((numbers, dtype, kind), set())
-    return HostedEngine(patcher, tree, dtype, eight_bit=numbers, seen=seen)
+    return HostedEngine(patcher, tree, dtype, eight_bit=numbers, tally=tally, seen=seen)
 
 
 def engine_obstacles(

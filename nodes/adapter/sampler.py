@@ -35,6 +35,7 @@ from ...lightforcing_core.sparse_settings import SparseSettings
 from ...lightforcing_core.timesteps import TRAIN_TIMESTEPS
 from .chunk_run import ChunkRun, StepCallback
 from .engine import SPEEDS, eight_bit_bytes, run_engine
+from .forwards import ForwardTally
 from .memory import chunk_bytes, reserve
 from .options import facts_of, sparse_of
 from .wan_tree import compute_dtype, wan_tree
@@ -148,12 +149,14 @@ class ChunkSampler(comfy.samplers.Sampler):
             with_engine += eight_bit_bytes(tree)
         is_chosen = speed not in ("auto", "plain")
         reserve(patcher, with_engine if is_chosen else needed, self.also_load)
+        tally = ForwardTally("fast" if speed == "auto" else speed)
         engine = run_engine(
             patcher,
             tree,
             dtype,
             speed,
             needed_bytes=with_engine,
+            tally=tally,
             kind=_launch_kind(spec, settings.sparse),
         )
         source = self._noise(settings, noise, extra_args.get("seed"), given_frames)
@@ -163,8 +166,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         lengths = settings.chunk_lengths(given_frames)
         run = ChunkRun(model_wrap, extra_args, callback, _steps(settings, lengths), dtype)
         parts = [] if given is None else [given.to(noise)]
-        ran = "plain" if engine is None else "fast" if speed == "auto" else speed
-        info = RunInfo(choice, settings, given_frames, spec, ran)
+        info = RunInfo(choice, settings, given_frames, spec, tally)
         with (self.watch or unwatched)(info) as watcher, run:
             chunks = rollout(
                 tree,

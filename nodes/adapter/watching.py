@@ -13,6 +13,7 @@ from ...lightforcing_core.kv_cache import CacheSpec
 from ...lightforcing_core.rollout_settings import RolloutSettings
 from ...lightforcing_core.schedule import Timeline
 from ...lightforcing_core.sparse_settings import SparseSettings
+from .forwards import ForwardTally
 from .options import SparseChoice
 
 
@@ -25,15 +26,15 @@ class RunInfo:
             changed.
         settings: lengths, steps and window as they have come out.
         given_frames: latent frames the video begins with.
-        speed: what runs the forwards, one of the core engine's SPEEDS.
         spec: of the key/value cache: the model's layers and heads, tokens of a frame.
+        forwards: what runs them, counted while the run goes on.
     """
 
     choice: SparseChoice | None
     settings: RolloutSettings
     given_frames: int
     spec: CacheSpec
-    speed: str
+    forwards: ForwardTally
 
     @property
     def timeline(self) -> Timeline:

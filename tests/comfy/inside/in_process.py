@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib
 import weakref
+from unittest.mock import MagicMock
 
 import comfy.model_management
 import comfy.model_patcher
@@ -213,8 +214,8 @@ def fused(monkeypatch):
     references to those engines."""
     made = []
 
-    def engine(patcher, tree, dtype, speed, **more):
-        engine = engines.HostedEngine(patcher, tree, dtype)
+    def engine(patcher, tree, dtype, speed, *, tally, **more):
+        engine = engines.HostedEngine(patcher, tree, dtype, tally=tally)
         made.append(weakref.ref(engine))
         return engine
 
@@ -545,11 +546,64 @@ def test_forwards_that_cannot_be_recorded_run_all_the_same(
     monkeypatch.setattr(attention, "is_recordable", True)
     monkeypatch.setattr(engines.ForwardEngine, "_record", record)
     monkeypatch.setattr(engines.HostedEngine, "__init__", recording)
-    assert torch.equal(sample(with_sparsity(model), prompt), expected)
+    watcher = Watcher()
+    assert torch.equal(sample(with_sparsity(model), prompt, watch=watcher), expected)
     assert len(tried) == 1
     assert "not recorded as CUDA graphs from here on: operation not permitted" in caplog.text
+    assert str(watcher.info.forwards) == (
+        "fast, none of 14 replayed from CUDA graphs (recording failed: operation not permitted "
+        "when stream is capturing)"
+    )
     tried.clear()
+    watcher.done.clear()
     assert alive(fused) == 0 and caches_alive() == 0
+
+
+def test_a_benchmark_says_what_ran_the_forwards(loaded, fused, monkeypatch) -> None:
+    """Counted as it ran: three kinds of forwards are recorded in each video, and the first video
+    runs each once as it stands. Recordings are faked; what they would replay is run instead."""
+    model, size = loaded[0], {"width": 128, "height": 64, "length": 33, "videos": 2}
+
+    def line(used=None) -> str:
+        report, _ = run_node("Benchmark", model=used or with_sparsity(model), **size)
+        (found,) = (x for x in report.splitlines() if x.startswith("forwards"))
+        return found.removeprefix("forwards").strip()
+
+    # Three videos of three chunks with four steps, and two clean passes.
+    assert line() == "fast, none of 42 replayed from CUDA graphs"
+
+    seen = set()
+    attention = ours("lightforcing_core.fast.attention").FastSparseAttention
+    create, forward = engines.HostedEngine.__init__, engines.ForwardEngine._forward
+    monkeypatch.setattr(attention, "is_recordable", True)
+
+    def recording(self, *arguments, **more):
+        create(self, *arguments, **more)
+        self._graphs, self._seen = True, seen
+
+    def record(self, *arguments):
+        assert self._forward(*arguments) is not None  # as it is captured
+        recording = MagicMock()
+        recording.graph.replay = lambda: held.update(velocity=forward(self, *held["now"]))
+        recording.velocity.clone = lambda: held["velocity"]
+        return recording
+
+    held = {}
+    call = engines.ForwardEngine.__call__
+
+    def called(self, *arguments):
+        held["now"] = arguments
+        return call(self, *arguments)
+
+    monkeypatch.setattr(engines.ForwardEngine, "__call__", called)
+    monkeypatch.setattr(engines.ForwardEngine, "_record", record)
+    monkeypatch.setattr(engines.HostedEngine, "__init__", recording)
+    assert line() == "fast, all replayed from CUDA graphs"
+    assert line(model) == "fast, none of 42 replayed from CUDA graphs"  # dense
+
+    monkeypatch.setattr(engines.HostedEngine, "_has_moved", lambda self: True)
+    monkeypatch.setattr(engines, "weights_obstacles", lambda *args: ["2 weights are away"])
+    assert line() == "plain, not fast (2 weights are away)"
 
 
 def test_prompts_lie_where_and_as_the_model_takes_them(model, prompt):
@@ -1084,7 +1138,7 @@ def test_benchmark_says_how_fast_and_where_the_time_goes(loaded) -> None:
     facts = ["33 frames of 128x64", "torch " + torch.__version__, "3 of 3 latent frames"]
     facts += [
         "chunk_aware",
-        "forwards   plain",
+        "forwards   plain (the kernels need a CUDA device",
         "2 after one to warm up",
         "ComfyUI    0.",
         "every frame on the host",
