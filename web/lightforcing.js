@@ -10,7 +10,11 @@ import { createReport } from "./report.js";
 
 const SPARSE = "LightForcingSparseAttention";
 const STREAM = "LightForcingStreamVideo";
-const COMPARE = "LightForcingCompare";
+// Nodes with a report: what stands there before a run, and how wide and high it is in pixels.
+const REPORTS = {
+  LightForcingCompare: ["time, PSNR and SSIM appear here after a run", 360, 150],
+  LightForcingBenchmark: ["frames per second and where the time goes appear here after a run", 780, 500],
+};
 const LOOK_EVERY = 120; // ms
 const NODE_WIDTH = 360; // pixels, of a new node
 const VIDEO_WIDGETS = ["width", "height", "length", "frames_per_chunk", "window_frames"];
@@ -31,7 +35,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass === SPARSE) addCurve(node);
     if (node.comfyClass === STREAM) addPlayer(node);
-    if (node.comfyClass === COMPARE) addReport(node);
+    if (REPORTS[node.comfyClass]) addReport(node, ...REPORTS[node.comfyClass]);
   },
 
   async setup() {
@@ -86,13 +90,13 @@ function addPlayer(node) {
   state.widget = addElement(node, "frames_as_they_come", player, () => PLAYER_HEIGHT);
 }
 
-function addReport(node) {
-  const report = createReport("time, PSNR and SSIM appear here after a run");
+function addReport(node, hint, width, height) {
+  const report = createReport(hint);
   reports.set(node, report);
-  addElement(node, "comparison", report, () => 150);
+  addElement(node, "report", report, () => height, width);
 }
 
-function addElement(node, name, part, height) {
+function addElement(node, name, part, height, width = NODE_WIDTH) {
   const widget = node.addDOMWidget(name, name, part.element, {
     serialize: false,
     hideOnZoom: false,
@@ -101,7 +105,7 @@ function addElement(node, name, part, height) {
   widget.serialize = false; // not in the workflow file either
   // A node of a workflow file gets the file's size after this.
   const [, least] = node.computeSize();
-  node.setSize([Math.max(node.size[0], NODE_WIDTH), Math.max(node.size[1], least)]);
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], least)]);
   const removed = node.onRemoved;
   node.onRemoved = function (...rest) {
     part.remove();

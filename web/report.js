@@ -6,8 +6,12 @@ export function createReport(hint) {
   element.style.cssText =
     "width:100%;height:100%;margin:0;padding:6px 8px;box-sizing:border-box;overflow:auto;" +
     "font:11px/1.45 ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre;" +
-    "border-radius:4px;color:var(--input-text);background:var(--comfy-input-bg);";
+    "user-select:text;cursor:text;border-radius:4px;color:var(--input-text);background:var(--comfy-input-bg);";
   element.textContent = hint;
+  // It is there to be copied from: dragging over it selects text and does not move the node.
+  for (const kind of ["pointerdown", "mousedown"]) {
+    element.addEventListener(kind, (event) => event.stopPropagation());
+  }
   return {
     element,
     show(text) {

@@ -26,6 +26,7 @@ _FLAGS = [
 ]
 _WAIT_SECONDS = 60
 SPARSE, STREAM = "LightForcingSparseAttention", "LightForcingStreamVideo"
+BENCHMARK = "LightForcingBenchmark"
 
 
 @pytest.fixture(scope="module")
@@ -314,3 +315,53 @@ def test_nodes_of_a_subgraph_are_found(server: Any, open_page: Callable[..., Pag
     )
     page.run()
     page.until("document.querySelectorAll('.lightforcing-mark').length === 2")
+
+
+@pytest.mark.parametrize("html_nodes", [False, True], ids=["canvas", "html"])
+def test_a_benchmark_shows_its_report_to_be_copied(
+    open_page: Callable[..., Page], html_nodes: bool
+) -> None:
+    """Whole lines of it, and the node stays where it is when they are selected."""
+    page = open_page(html_nodes=html_nodes, palette="light" if html_nodes else "dark")
+    page.page.evaluate(
+        f"""() => {{
+            app.graph.clear();
+            const [load, sparse, benchmark] = [
+                "LightForcingLoadModel", "{SPARSE}", "{BENCHMARK}",
+            ].map((type, place) => {{
+                const node = LiteGraph.createNode(type);
+                node.pos = [40 + 400 * place, 80];
+                app.graph.add(node);
+                return node;
+            }});
+            load.connect(0, sparse, 0);
+            sparse.connect(0, benchmark, 0);
+            load.connect(2, benchmark, benchmark.findInputSlot("vae"));
+        }}"""
+    )
+    for widget, value in {"width": 256, "height": 128, "length": 33, "videos": 1}.items():
+        page.set(BENCHMARK, widget, value)
+    page.page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    report = "document.querySelector('.lightforcing-report')"
+    page.until(f"{report}?.textContent.includes('after a run')")
+    page.run()
+    page.until(f"{report}.textContent.includes('One more video under the profiler')")
+    text = page.page.evaluate(f"{report}.textContent")
+    assert "33 frames of 256x128" in text and "forwards   plain (" in text
+    page.until(f"{report}.scrollWidth <= {report}.clientWidth", seconds=5)
+    page.until(f"{report}.scrollHeight <= {report}.clientHeight", seconds=5)
+    time.sleep(1)  # the picture comes below, and the node grows
+    page.keep(f"benchmark_{'html' if html_nodes else 'canvas'}")
+
+    place = f"app.graph.nodes.find((n) => n.type === '{BENCHMARK}').pos.join()"
+    before, box = (
+        page.page.evaluate(place),
+        page.page.locator(".lightforcing-report").bounding_box(),
+    )
+    mouse = page.page.mouse
+    mouse.move(box["x"] + 4, box["y"] + 4)
+    mouse.down()
+    mouse.move(box["x"] + 200, box["y"] + 60, steps=6)
+    mouse.up()
+    assert "device     cpu\n" in page.page.evaluate("getSelection().toString()")
+    assert page.page.evaluate(place) == before
