@@ -17,6 +17,7 @@ from .reference_channels import check_extension
 from .triton_channels import check_same_shape, check_vector, slices_between
 
 _MOST_CHANNELS = 4096
+_MOST = 2**31 - 1
 
 
 @triton.jit(do_not_specialize=["positions", "batch_positions", "past_positions", "out_positions"])
@@ -35,11 +36,14 @@ def normalise_kernel(
     out_positions,
     CHANNELS: tl.constexpr,
     IS_ACTIVATED: tl.constexpr,
+    IS_LARGE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A few positions with all their channels; with `kept` also of the slices in front."""
-    position = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # A division of 64-bit numbers is a hundred instructions, and every position has two.
+    program = tl.program_id(0).to(tl.int64 if IS_LARGE else tl.int32)
+    position = program * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     is_channel = channel < CHANNELS
     mask = (position < positions)[:, None] & is_channel[None, :]
@@ -143,6 +147,8 @@ def plan_normalisation(
     area = math.prod(x.shape[2:4])
     past_positions = 0 if kept is None else kept.shape[1] * area
     positions = x.shape[0] * (x.shape[1] * area + past_positions)
+    out_positions = 0 if gain is None else slices_between("out", out) * area
+    most = max(positions, x.shape[0] * out_positions) + rows
     arguments = {
         "x": x,
         "gain": gain,
@@ -155,9 +161,10 @@ def plan_normalisation(
         "positions": positions,
         "batch_positions": x.shape[1] * area,
         "past_positions": past_positions,
-        "out_positions": 0 if gain is None else slices_between("out", out) * area,
+        "out_positions": out_positions,
         "CHANNELS": channels,
         "IS_ACTIVATED": is_activated,
+        "IS_LARGE": most * channels > _MOST,
         "ROWS": rows,
         "BLOCK": block,
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightforcing.kernels import triton_channels
+from lightforcing.kernels import triton_channels, triton_normalisation
 from lightforcing.kernels.ops import (
     convolve_channels_triton,
     convolve_to_planes_triton,
@@ -261,6 +261,23 @@ def test_normalisation_behind_slices_of_before(
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(made[0][:, -2:], made[1], rtol=0, atol=0)
     assert (made[0][:, :2] == (0 if past is None else past)).all()
+
+
+def test_positions_of_a_norm_may_take_64_bits(
+    device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, 3, 5, 7, 24, device=device).to(dtype)
+    gain = torch.randn(24, device=device).to(dtype)
+    past = torch.randn(2, 2, 5, 7, 24, device=device).to(dtype)
+    made = []
+    for most in (triton_normalisation._MOST, 0):
+        monkeypatch.setattr(triton_normalisation, "_MOST", most)
+        out = torch.empty(2, 5, 5, 7, 24, device=device, dtype=dtype)
+        kept = torch.empty_like(past)
+        normalise_channels_triton(x, gain, out=out, past=past, kept=kept)
+        made.append((out, kept))
+    for small, large in zip(*made, strict=True):
+        torch.testing.assert_close(large, small, rtol=0, atol=0)
 
 
 def test_what_does_not_fit_is_refused(device: torch.device, dtype: torch.dtype) -> None:
