@@ -215,6 +215,17 @@ def check_scaling(x: Tensor, scaling: Scaling | None) -> None:
         _check_scaling(*x.shape, *scaling)
 
 
+def check_rms_norm(x: Tensor, gain: Tensor, scaling: Scaling | None) -> None:
+    """Shapes and types of `rms_norm`'s arguments; reads no device memory.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was given.
+    """
+    check_scaling(x, scaling)
+    if gain.shape != x.shape[1:]:
+        raise ValueError(f"gain must be {list(x.shape[1:])}, got {list(gain.shape)}")
+
+
 def _check_scaling(
     rows: int, columns: int, row_scales: Tensor, column_scales: Tensor, bias: Tensor | None
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_eight_bit, check_rows, check_scaling, check_sums
+from .checks import check_eight_bit, check_rms_norm, check_rows, check_scaling, check_sums
 from .eight_bit import LARGEST, Rounded, Scaling
 
 
@@ -96,7 +96,7 @@ def rms_norm(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    check_scaling(x, scaling)
+    check_rms_norm(x, gain, scaling)
     wide = _scaled(x, scaling)
     wide = wide * torch.rsqrt(wide.pow(2).mean(1, keepdim=True) + eps)
     return (wide * gain).to(dtype)

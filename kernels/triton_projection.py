@@ -278,7 +278,9 @@ def project_blocks_triton(
     every = {"keys": keys, "values": values}
     check_tensors(every if scaling else {"x_q": x_q, "x_k": x_k, "x_v": x_v, **every})
     for name, x in {"x_q": x_q, "x_k": x_k, "x_v": x_v}.items():
-        check_product(x, scaling)
+        check_product(name, x, scaling)
+        if x.device != keys.device:
+            raise ValueError(f"{name} must be on {keys.device} as the keys, got {x.device}")
         if x.stride() != x_q.stride() or (batch > 1 and x.stride(0) != tokens * x.stride(1)):
             raise ValueError(
                 f"x_q, x_k and x_v must have the same strides and batches {tokens} rows apart, "
@@ -288,6 +290,7 @@ def project_blocks_triton(
     for name, x in (every | {"pooled_keys": pooled_keys, "open_slots": open_slots}).items():
         if x is not None and not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+    _check_pairs({"x_q": x_q, "x_k": x_k, **every}, scaling)
     q = torch.empty(batch, tokens, heads, head_dim, dtype=keys.dtype, device=x_q.device)
     pooled_q = None
     if pooled_keys is not None:
@@ -303,6 +306,21 @@ def project_blocks_triton(
         q, pooled_q, q_grid, kv_grid, scaling,
     ).run()  # fmt: skip
     return q, pooled_q
+
+
+def _check_pairs(tensors: dict[str, Tensor], scaling: Scaling | None) -> None:
+    """Two neighbours are read as one word, which must not straddle."""
+    more = {name: x for name, x in scaling_arguments(scaling).items() if x is not None}
+    for name, x in (tensors | more).items():
+        if x.data_ptr() % (2 * x.element_size()):
+            raise ValueError(
+                f"{name} must begin at a multiple of two numbers, got storage offset "
+                f"{x.storage_offset()}; pass a copy"
+            )
+        if x.ndim == 3 and x.stride(1) % 2:
+            raise ValueError(
+                f"rows of {name} must be an even number of numbers apart, got {x.stride(1)}"
+            )
 
 
 def plan_row_scales(

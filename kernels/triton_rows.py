@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_eight_bit, check_rows, check_scaling
+from .checks import check_eight_bit, check_rms_norm, check_rows, check_scaling
 from .eight_bit import LARGEST, Rounded, Scaling
 from .launch import Launch, check_tensors, is_interpreted
 
@@ -333,9 +333,9 @@ def rms_norm_triton(
     Raises:
         ValueError: shapes, types or strides that the kernel cannot do, with what it can.
     """
-    check_scaling(x, scaling)
+    check_rms_norm(x, gain, scaling)
     _check_width("x", x)
-    check_product(x, scaling)
+    check_product("x", x, scaling)
     for name, given in {"x": x, "gain": gain}.items():
         _check_dense(name, given, x.device)
     out = torch.empty_like(x, dtype=dtype)
@@ -358,7 +358,7 @@ def round_rows_triton(
     """
     check_scaling(x, scaling)
     _check_width("x", x)
-    check_product(x, scaling)
+    check_product("x", x, scaling)
     check_eight_bit(to)
     out = torch.empty(x.shape, dtype=to, device=x.device)
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
@@ -403,11 +403,8 @@ def plan_add_norm(
         "ROWS": rows,
         **row_pieces(hidden.shape[1]),
     }
-    # Rounding takes more registers, to integers most, and a wide row many.
-    if is_narrow:
-        numbers = 64 if out.dtype == torch.float8_e4m3fn else 32
-    else:
-        numbers = 32 if out.dtype == hidden.dtype else 16
+    # Rounding to integers takes more registers, and so does a wide row.
+    numbers = 64 if is_narrow and out.dtype == torch.float8_e4m3fn else 32
     programs = segments * triton.cdiv(len(hidden) // segments, rows)
     warps = row_warps(rows * hidden.shape[1], numbers)
     return Launch(add_norm_kernel, (programs,), arguments, warps)
@@ -460,21 +457,23 @@ def scaling_arguments(scaling: Scaling | None) -> dict[str, Tensor | None]:
     return dict(zip(("row_scales", "column_scales", "bias"), scaling or (None,) * 3, strict=True))
 
 
-def check_product(x: Tensor, scaling: Scaling | None) -> None:
+def check_product(name: str, x: Tensor, scaling: Scaling | None) -> None:
     """Rows that the kernels can read: of a float type, or with a scaling also int32.
 
     Raises:
         ValueError: names the tensor, what was expected and what was given.
     """
     if scaling is None or x.dtype != torch.int32:
-        check_tensors({"x": x})
+        check_tensors({name: x})
     elif x.device.type != "cuda" and not is_interpreted():
         raise ValueError(
-            f"x is on {x.device}; Triton kernels need a CUDA device "
+            f"{name} is on {x.device}; Triton kernels need a CUDA device "
             "(use the torch reference elsewhere)"
         )
-    for name, given in scaling_arguments(scaling).items():
-        _check_dense(name, given, x.device)
+    elif x.stride(-1) != 1:
+        raise ValueError(f"{name} must be dense in its last axis, got strides {x.stride()}")
+    for part, given in scaling_arguments(scaling).items():
+        _check_dense(part, given, x.device)
 
 
 def _check_dense(name: str, x: Tensor | None, device: torch.device) -> None:

@@ -68,7 +68,7 @@ class _Denoiser:
         self.host = host
         self.order = order
         self.forwards = 0
-        self._times: dict[tuple[float, torch.Size], TimeContext] = {}
+        self._times: dict[tuple[float, tuple[int, int]], TimeContext] = {}
 
     def positions(self, frames: Sequence[int], latents: Tensor) -> PositionTable:
         height, width = latents.shape[-2:]
@@ -99,14 +99,16 @@ class _Denoiser:
         return run(ModelCall(latents, timestep, frames, step, velocity))
 
     def _time(self, x: Tensor, timestep: float) -> TimeContext:
-        """Embedded once per run; a host may change the weights between forwards."""
-        key = timestep, torch.Size((x.shape[0], x.shape[2]))
-        time = None if self.host is not None else self._times.get(key)
-        if time is None:
-            timesteps = torch.full(key[1], timestep, device=x.device)
-            time = prepare_time(self.tree, timesteps, x.dtype)
-            self._times[key] = time
-        return time
+        """Embedded once per run; a host may change the weights between forwards, and compile
+        them, where a table of timesteps would be compiled anew for each."""
+        shape = x.shape[0], x.shape[2]
+        if self.host is not None:
+            timesteps = torch.full(shape, timestep, device=x.device)
+            return prepare_time(self.tree, timesteps, x.dtype)
+        if (timestep, shape) not in self._times:
+            timesteps = torch.full(shape, timestep, device=x.device)
+            self._times[timestep, shape] = prepare_time(self.tree, timesteps, x.dtype)
+        return self._times[timestep, shape]
 
     def _run_model(self, call: ModelCall) -> Tensor:
         """The host where there is none."""

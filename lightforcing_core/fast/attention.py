@@ -163,8 +163,15 @@ class FastSparseAttention(SparseAttention):
         settings: SparseSettings,
         timeline: Timeline,
         backend: AttentionBackend,
+        products: torch.dtype | None = None,
     ) -> None:
+        """
+        Args:
+            products: type of the projections that will be given with a scaling, for the warm-up;
+                None: they come as they are.
+        """
         super().__init__(cache, settings, timeline, backend)
+        self._products = products
         spec = cache.spec
         self._roles = torch.zeros(spec.capacity_frames, dtype=torch.int32, device=self._device)
         self._limits = torch.zeros(2, dtype=torch.int32, device=self._device)
@@ -193,19 +200,23 @@ class FastSparseAttention(SparseAttention):
         self._is_block_attention_ready = own_block_variants is not None
         cache, spec = self.cache, self.cache.spec
         q_grid = BlockGrid(spec.frame_tokens, self._query_block_tokens)
+        width = spec.num_heads * spec.head_dim
         x = torch.zeros(
-            (spec.batch, spec.frame_tokens, spec.num_heads * spec.head_dim),
-            dtype=spec.dtype,
+            (spec.batch, spec.frame_tokens, 3 * width),
+            dtype=self._products or spec.dtype,
             device=self._device,
         )
+        weight, scaling = torch.zeros(width, dtype=spec.dtype, device=self._device), None
+        if self._products is not None:
+            rows = torch.zeros(spec.batch * spec.frame_tokens, 1, device=self._device)
+            columns = torch.zeros(1, 3 * width, device=self._device)
+            scaling = Scaling(rows, columns, columns[0].to(spec.dtype))
         angles = torch.zeros(spec.frame_tokens, spec.head_dim // 2, device=self._device)
         own = torch.zeros(q_grid.blocks_per_segment, dtype=torch.int32, device=self._device)
         _, pooled_q = self._backend.project_blocks(
-            x,
-            x,
-            x,
-            x[0, 0],
-            x[0, 0],
+            *x.chunk(3, 2),
+            weight,
+            weight,
             1e-6,
             angles,
             angles,
@@ -215,6 +226,7 @@ class FastSparseAttention(SparseAttention):
             own[:1],
             q_grid=q_grid,
             kv_grid=spec.grid,
+            scaling=scaling,
         )
         for has_own in own_block_variants or ():
             self._backend.select_blocks(

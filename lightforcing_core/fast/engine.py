@@ -31,7 +31,7 @@ from ..schedule import Timeline
 from ..sparse_settings import SparseSettings
 from ..wan.forward import PositionTable, SelfAttend, TextContext, TimeContext, wan_forward
 from .attention import FastDenseAttention, FastSparseAttention, GraphKey
-from .linears import EIGHT_BIT_SPEEDS, block_dtype, with_eight_bit_linears
+from .linears import EIGHT_BIT_SPEEDS, block_dtype, product_dtype, with_eight_bit_linears
 from .operations import fused_obstacles, fused_operations
 from .stack import FusedBlocks, blocks_obstacle
 
@@ -156,7 +156,9 @@ class ForwardEngine:
             kept.restart(settings, timeline)
             return kept
         cache = KVCache(spec, device, backend.pool_blocks)
-        attend = FastSparseAttention(cache, settings, timeline, backend)
+        attend = FastSparseAttention(
+            cache, settings, timeline, backend, product_dtype(self.tree, spec.dtype)
+        )
         if self._keep:
             self._kept = kind, attend
         return attend

@@ -266,6 +266,14 @@ def block_dtype(tree: nn.Module) -> torch.dtype:
     return layer.dtype if isinstance(layer, EightBitLinear) else layer.weight.dtype
 
 
+def product_dtype(tree: nn.Module, dtype: torch.dtype) -> torch.dtype | None:
+    """What `EightBitLinear.product` leaves for a forward's dtype; None: no layers in eight bits."""
+    layer = tree.blocks[0].self_attn.q
+    if not isinstance(layer, EightBitLinear):
+        return None
+    return torch.int32 if layer.numbers == torch.int8 else dtype
+
+
 def _widths(block: nn.Module) -> set[int]:
     feed_forward = block.ffn
     if isinstance(feed_forward, EightBitFeedForward):

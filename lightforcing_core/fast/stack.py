@@ -4,7 +4,8 @@ A block's residual sums, norms, modulation and rounding are three launches, the 
 cross-attention is a fourth, and norm, rotary and cache write of self-attention are two more; each
 sum is joined to the norm that follows it, also where that belongs to the next block. The arithmetic
 is that of `wan.forward.run_block`, rounded less often: modulation and sums stay in float32 until
-they are stored. Products of eight-bit numbers are scaled, and get their bias, where they are read.
+they are stored. Products of eight-bit numbers are scaled, and get their bias, where they are read
+by a kernel of ours.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class FusedBlocks:
         """Gather what all forwards of a video share; until the next call the blocks' own
         modulation must stay. Its address does for good: recordings name it. Only what was made in
         inference mode, where nothing can be written from outside, gets another, and its recordings
-        go too (`ForwardEngine.attention`)."""
+        go too (`ForwardEngine.attention`). A tree whose layers were exchanged needs another
+        engine."""
         own, held = _own(blocks), self._own
         is_closed = (
             held is not None
@@ -167,26 +169,24 @@ class FusedBlocks:
         positions: PositionTable,
         attend: Any,
     ) -> Product:
-        batch = shape[0]
-        if not getattr(attend, "takes_projections", False):
-            # The modules' norms want the values themselves.
-            projected = (
-                self._linear(linear, normed).unflatten(0, (batch, -1))
+        scaling = None
+        takes_projections = getattr(attend, "takes_projections", False)
+        if hasattr(attention, "qkv"):
+            if takes_projections:
+                joined, scaling = self._product(attention.qkv, normed)
+            else:  # the modules' norms want the values themselves
+                joined = self._linear(attention.qkv, normed)
+            projected = joined.unflatten(0, (shape[0], -1)).chunk(3, dim=2)
+        else:
+            projected = tuple(
+                self._linear(linear, normed).unflatten(0, (shape[0], -1))
                 for linear in (attention.q, attention.k, attention.v)
             )
+        if takes_projections:
+            attended = attend.project(layer, *projected, attention, positions, scaling)
+        else:
             heads = rotated_heads(attention, *projected, num_heads, positions.cos, positions.sin)
             attended = attend(layer, *heads)
-            return self._product(attention.o, attended.reshape(-1, shape[2]))
-        scaling = None
-        if hasattr(attention, "qkv"):
-            joined, scaling = self._product(attention.qkv, normed)
-            projected = joined.unflatten(0, (batch, -1)).chunk(3, dim=2)
-        else:
-            projected = (
-                self._linear(linear, normed).unflatten(0, (batch, -1))
-                for linear in (attention.q, attention.k, attention.v)
-            )
-        attended = attend.project(layer, *projected, attention, positions, scaling)
         return self._product(attention.o, attended.reshape(-1, shape[2]))
 
     def _cross_attention(
@@ -266,7 +266,8 @@ def _own(blocks: Sequence[nn.Module]) -> _Own:
 
 def _table(own: _Own, modulation: Tensor) -> _Table:
     """With what the timesteps add, [B, F, 6, dim]."""
-    rows = own.modulation.to(modulation.device) + modulation.float().flatten(0, 1).transpose(0, 1)
+    own = _Own(*(x.to(modulation.device) for x in own))
+    rows = own.modulation + modulation.float().flatten(0, 1).transpose(0, 1)
     if not own.columns.numel():
         return _Table(rows, None)
     gates = rows[:, 2::3]

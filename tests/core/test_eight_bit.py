@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightforcing.lightforcing_core.attention import dense_attention
 from lightforcing.lightforcing_core.errors import UserError
 from lightforcing.lightforcing_core.fast import linears
 from lightforcing.lightforcing_core.fast.engine import ForwardEngine
@@ -19,11 +20,17 @@ from lightforcing.lightforcing_core.fast.linears import (
     eight_bit_speed,
     with_eight_bit_linears,
 )
+from lightforcing.lightforcing_core.fast.operations import fused_operations
+from lightforcing.lightforcing_core.fast.stack import FusedBlocks
 from lightforcing.lightforcing_core.noise import SeededNoise
 from lightforcing.lightforcing_core.rollout import RolloutSettings, rollout
-from lightforcing.lightforcing_core.sparse_settings import SparseSettings, make_schedule
+from lightforcing.lightforcing_core.sparse_settings import (
+    SparseSettings,
+    make_policy,
+    make_schedule,
+)
 from lightforcing.lightforcing_core.wan.config import WanConfig
-from lightforcing.lightforcing_core.wan.forward import prepare_text
+from lightforcing.lightforcing_core.wan.forward import prepare_text, wan_forward
 from lightforcing.lightforcing_core.wan.modules import WanModel
 
 CPU = torch.device("cpu")
@@ -121,6 +128,77 @@ def test_a_video_in_int8_is_within_five_percent(tree: WanModel, fused: bool, rep
     got = video(fast, like, fused=fused)
     assert 0 < (got - expected).norm() / expected.norm() < 0.05
     assert (fast is tree) == replace
+
+
+def strong(seed: int, *, has_bias: bool) -> WanModel:
+    """A tree in int8 whose blocks, biases and modulation all show in what it computes."""
+    torch.manual_seed(seed)
+    config = WanConfig(
+        dim=96, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=8, freq_dim=16
+    )
+    tree = WanModel(config).requires_grad_(False)
+    for block in tree.blocks:
+        for layer in block.modules():
+            if isinstance(layer, nn.Linear):
+                layer.bias.normal_(0, 0.5)
+        block.modulation.normal_()
+        attention, crossed = block.self_attn, block.cross_attn
+        for norm in (attention.norm_q, attention.norm_k, crossed.norm_q, block.norm3):
+            norm.weight.normal_(1, 0.3)
+        block.norm3.bias.normal_(0, 0.3)
+    with_eight_bit_linears(tree, torch.int8, replace=True)
+    for layer in tree.blocks.modules() if not has_bias else ():
+        if isinstance(layer, EightBitLinear):
+            layer.bias = None
+    return tree
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_scaling_products_where_they_are_read_changes_nothing(has_bias: bool, batch: int) -> None:
+    tree = strong(1, has_bias=has_bias)
+    x, timesteps = torch.randn(batch, 16, 2, 8, 10), torch.full((batch, 2), 500.0)
+    timesteps[:, 1] = 300
+    with torch.no_grad():
+        text = prepare_text(tree, torch.randn(batch, 5, 16))
+        arguments = tree, x, timesteps, range(2), text, lambda _, *heads: dense_attention(*heads)
+        plain = wan_forward(*arguments)
+        fused = wan_forward(*arguments, None, FusedBlocks(fused_operations(CPU)))
+    # A number that lies between two of eight bits may be rounded either way: rarely, or never.
+    assert (fused - plain).norm() / plain.norm() < 1e-5
+
+
+@pytest.mark.parametrize("sparse", [None, "half"], ids=["dense", "sparse"])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_video_with_projections_scaled_where_they_are_read(
+    sparse: str | None, has_bias: bool, batch: int
+) -> None:
+    """And once more by an engine that keeps its memory, whose layers have other numbers by then."""
+    tree = strong(2, has_bias=has_bias)
+    policy = make_policy(keep_frames=3, keep_near=1)
+    settings = RolloutSettings(
+        6,
+        2,
+        (1000.0, 500.0),
+        sparse=sparse and SparseSettings(make_schedule(0.5), policy, 8, 8, backend="reference"),
+    )
+    with torch.no_grad():
+        text = prepare_text(tree, torch.randn(batch, 5, 16))
+    engine = ForwardEngine(tree, keep=True)
+    for _ in range(2):
+        plain, fused = (
+            torch.cat(
+                [chunk.latents for chunk in rollout(tree, settings, text, noise, engine=one)], 2
+            )
+            for one, noise in ((one, SeededNoise(1, (batch, 16, 8, 10))) for one in (None, engine))
+        )
+        assert (fused - plain).norm() / plain.norm() < 0.01
+        for block in tree.blocks:
+            block.self_attn.o.scale.mul_(1.5)
+            block.modulation.normal_()
+            if has_bias:
+                block.ffn.second.bias.normal_()
 
 
 def test_the_tree_given_stays_unless_it_is_to_be_replaced(tree: WanModel) -> None:

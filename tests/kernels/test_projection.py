@@ -177,3 +177,27 @@ def test_products_of_eight_bit_numbers_are_scaled_on_the_way(
     ):
         assert got.dtype == dtype
         assert (got.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("part", ["x", "weight", "rows apart"])
+def test_pairs_that_would_straddle_words_are_refused(part: str, device) -> None:
+    """Two neighbours are read at once; a GPU faults where that is not aligned."""
+    width, grid = 64, BlockGrid(16, 16)
+    wide = torch.zeros(1, 16, 3 * width + 2, device=device).half()
+    x = wide[..., :-2].chunk(3, 2)
+    weight = torch.ones(width + 1, device=device).half()
+    message = "must begin at a multiple of two numbers"
+    if part == "x":
+        x = wide[..., 1:-1].chunk(3, 2)
+    elif part == "rows apart":
+        x = torch.zeros(1, 16, 3 * width + 1, device=device).half()[..., :-1].chunk(3, 2)
+        message = "must be an even number of numbers apart, got 193"
+    weight = weight[1:] if part == "weight" else weight[:-1]
+    angles = torch.ones(16, 16, device=device)
+    keys = torch.zeros(1, 1, 16, 2, 32, device=device).half()
+    slots = torch.zeros(1, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=message):
+        project_blocks_triton(
+            *x, weight, weight, EPS, angles, angles, keys, keys.clone(), None, slots,
+            q_grid=grid, kv_grid=grid,
+        )  # fmt: skip

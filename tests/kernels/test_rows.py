@@ -254,3 +254,17 @@ def test_a_scaling_that_does_not_fit_is_refused(
         rounds(x, scaling=scaling)
     with pytest.raises(ValueError, match=message):
         norm(x, torch.ones(4, device=device), eps=EPS, dtype=torch.float32, scaling=scaling)
+
+
+def test_products_that_are_not_dense_are_refused(device) -> None:
+    scaling = Scaling(torch.ones(4, 1, device=device), torch.ones(1, 3, device=device), None)
+    x = torch.ones(3, 4, dtype=torch.int32, device=device).t()
+    with pytest.raises(ValueError, match="x must be dense in its last axis"):
+        round_rows_triton(x, scaling=scaling)
+
+
+@RMS_NORMS
+def test_a_gain_of_another_width_is_refused(norm, device) -> None:
+    x = torch.ones(3, 8, device=device)
+    with pytest.raises(ValueError, match=r"gain must be \[8\], got \[1\]"):
+        norm(x, x[0, :1], eps=EPS, dtype=x.dtype)
