@@ -29,7 +29,7 @@ _CUDA: tuple[tuple[str, str], ...] = (
     # kernels/triton_projection.py, triton_pooling.py, triton_quantisation.py, triton_rows.py:
     # norms, rotation, cache write, rounding. Before products: 'project' is none.
     (GLUE, r"project_blocks_kernel|pool_blocks_kernel|quantise_blocks_kernel|round_rows_kernel"
-           r"|add_norm_kernel"),
+           r"|add_norm_kernel|rms_norm_kernel|row_scales_kernel|scale_sums_kernel"),
     # cuBLAS and cuBLASLt: nvjet on Hopper and newer, xmma, cutlass and gemm before; split-K sums
     # belong to their product.
     (LINEARS, r"nvjet|gemm|gemv|cutlass|xmma|splitk|cublas|scaled_mm"),
