@@ -413,6 +413,13 @@ def _channel_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
             f"convolution {kind} {sizes[0]} norm slices {slices}",
             partial(convolution, *arguments),
         )
+    if arch == 90:
+        widths = ((96, 16, 3), (96, 48, 3), (96, 96, 3))
+        for sizes, is_normalised, slices in itertools.product(widths, (False, True), (1, 6)):
+            name = f"convolution plain {'x'.join(map(str, sizes))}"
+            arguments = pack_plain, sizes, False, 1, slices, is_normalised
+            name += f"{' norm' if is_normalised else ''} slices {slices} gluon"
+            yield name, partial(convolution, *arguments)
     # Batches beyond 32-bit offsets.
     for sizes in ((256, 256, 1), (64, 64, 1)):
         name = f"convolution plain {'x'.join(map(str, sizes))} sum large"

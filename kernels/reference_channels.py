@@ -200,6 +200,12 @@ def pack_enlarging(weight: Tensor) -> PackedWeights:
     return _pack(taps, weight.dtype, results, step=(1, 1), cell=(2, 2), grow=grow, is_phased=True)
 
 
+def frames_of_program(depth: int, taps: int, most: int) -> int:
+    """How many slices a program should make, so that few are read in all."""
+    possible = range(min(depth, most), 0, -1)
+    return min(possible, key=lambda frames: -(-depth // frames) * (frames + taps - 1))
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, check_tensors, compute_capability
-from .reference_channels import PackedWeights
+from .reference_channels import PackedWeights, frames_of_program
 
 _MOST_WINDOWS = 256  # of a program
 _MOST = 2**31 - 1
@@ -374,10 +374,11 @@ def convolution_tile(
     return ConvolutionTile(64, frames, 4, 2, 168 if capability == 90 and is_crowded else None)
 
 
-def frames_of_program(depth: int, taps: int, most: int) -> int:
-    """How many slices a program should make, so that few are read in all."""
-    possible = range(min(depth, most), 0, -1)
-    return min(possible, key=lambda frames: -(-depth // frames) * (frames + taps - 1))
+def takes_hopper_kernel(weights: PackedWeights) -> bool:
+    """Whether weights are for `gluon_channels`: causal, a window a position, more channels than 64,
+    all results in one tile. Fewer channels gain nothing there."""
+    is_plain = not weights.is_phased and weights.cell == (1, 1) and weights.depth_taps == 3
+    return is_plain and weights.results <= weights.block_n == 128
 
 
 def plan_convolution(
@@ -411,6 +412,21 @@ def plan_convolution(
     if tile is None:
         capability = compute_capability(x.device) if capability is None else capability
         is_sum = residual is not None
+        is_bare = not (is_sum or is_large or to_planes) and x.element_size() == 2
+        if capability == 90 and is_bare and takes_hopper_kernel(weights):
+            # Late: others need no Gluon.
+            from .gluon_channels import plan_gluon_convolution
+
+            return plan_gluon_convolution(
+                x,
+                weights,
+                bias,
+                out,
+                gain=gain,
+                is_rectified=is_rectified,
+                x_slices=slices_between("x", x),
+                out_slices=slices_between("out", out),
+            )
         tile = convolution_tile(weights, depth, capability, is_large=is_large, is_sum=is_sum)
     windows = batch * triton.cdiv(depth, tile.frames) * windows_high * windows_wide
     arguments = {

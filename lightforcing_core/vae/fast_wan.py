@@ -31,10 +31,8 @@ from .wan_vae import WanVAE, WanVAEState
 from .wan_vae_modules import CausalConv3d, FrameAttention, ResidualBlock, Upsampler
 
 MOST_CHANNELS_IN_PAIRS = 32
-MOST_CHANNELS = 64
-"""Causal convolutions up to these widths take our kernel, the narrow ones two positions at once. On
-an H200, bfloat16, 12 frames of 832x480, cuDNN runs 24 channels at 70 TFLOP/s, and 48 channels of
-half the size at 130, where ours makes 230."""
+"""Causal convolutions up to this width are made for two positions at once. On an H200, bfloat16, 12
+frames of 832x480, cuDNN runs 24 channels at 70 TFLOP/s."""
 
 _CACHED_FRAMES = 2
 _TO_UNIT_RANGE = {"scale": 0.5, "shift": 0.5}  # pixels are nominally in [-1, 1]
@@ -139,12 +137,12 @@ def _conv3d(layer: nn.Conv3d, features: Tensor, padding: tuple[int, int, int]) -
     return made.permute(0, 2, 3, 4, 1).contiguous()  # dense already on a GPU
 
 
-def _pack(weight: Tensor, *, is_even: bool) -> PackedWeights | None:
+def _pack(weight: Tensor, most_channels: int, *, is_even: bool) -> PackedWeights | None:
     """A causal convolution's weight for our kernel; None where cuDNN is faster."""
     widest = max(weight.shape[:2])
     if is_even and widest <= MOST_CHANNELS_IN_PAIRS:
         return pack_in_pairs(weight)
-    return pack_plain(weight) if widest <= MOST_CHANNELS else None
+    return pack_plain(weight) if widest <= most_channels else None
 
 
 class _Causal:
@@ -152,12 +150,13 @@ class _Causal:
 
     Args:
         layer: its weights.
+        most_channels: see `ChannelOperations`.
         is_even: the width is whole pairs, as after an enlargement.
     """
 
-    def __init__(self, layer: CausalConv3d, *, is_even: bool) -> None:
+    def __init__(self, layer: CausalConv3d, most_channels: int, *, is_even: bool) -> None:
         self._layer = layer
-        self._packed = _pack(layer.weight.detach(), is_even=is_even)
+        self._packed = _pack(layer.weight.detach(), most_channels, is_even=is_even)
         if self._packed is None:
             _use_channels_last(layer)
 
@@ -187,11 +186,11 @@ def _linear(layer: nn.Conv2d | nn.Conv3d, features: Tensor, *, with_bias: bool =
 
 
 class _Residual:
-    def __init__(self, block: ResidualBlock, *, is_even: bool) -> None:
+    def __init__(self, block: ResidualBlock, most_channels: int, *, is_even: bool) -> None:
         parts = block.residual
         self._gains = tuple(parts[name].gamma.detach().flatten() for name in ("0", "3"))
-        self._first = _Causal(parts["2"], is_even=is_even)
-        self._second = _Causal(parts["6"], is_even=is_even)
+        self._first = _Causal(parts["2"], most_channels, is_even=is_even)
+        self._second = _Causal(parts["6"], most_channels, is_even=is_even)
         self._shortcut = block.shortcut
 
     def __call__(self, stream: _Stream, features: _Sum) -> _Sum:
@@ -251,11 +250,13 @@ class _Enlarging:
         return _Sum(stream.run.convolve(x, self._packed, bias=self._bias))
 
 
-def _blocks_of(layers: Iterable[nn.Module]) -> Iterator[Callable[[_Stream, _Sum], _Sum]]:
+def _blocks_of(
+    layers: Iterable[nn.Module], most_channels: int
+) -> Iterator[Callable[[_Stream, _Sum], _Sum]]:
     is_even = False  # a latent frame may have any size
     for layer in layers:
         if isinstance(layer, ResidualBlock):
-            yield _Residual(layer, is_even=is_even)
+            yield _Residual(layer, most_channels, is_even=is_even)
         elif isinstance(layer, FrameAttention):
             yield _Attention(layer)
         else:
@@ -277,8 +278,9 @@ class FastWanDecoder:
         self._conv2 = network.conv2
         self._mean, self._deviation = latent_statistics(network.conv2.weight)
         decoder = network.decoder
-        self._first = _Causal(decoder.conv1, is_even=False)
-        self._blocks = list(_blocks_of((*decoder.middle, *decoder.upsamples)))
+        most = operations.most_channels
+        self._first = _Causal(decoder.conv1, most, is_even=False)
+        self._blocks = list(_blocks_of((*decoder.middle, *decoder.upsamples), most))
         self._gain = decoder.head["0"].gamma.detach().flatten()
         self._last = pack_in_cells(decoder.head["2"].weight.detach())
         self._last_bias = decoder.head["2"].bias.detach()

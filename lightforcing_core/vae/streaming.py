@@ -247,7 +247,7 @@ class StreamingDecoder:
         why = fast_obstacle(device, vae.dtype) if self._use_kernels else "asked for"
         if not why:
             make = FastWanDecoder if isinstance(vae.network, WanVAE) else FastTAEHVDecoder
-            self._fast = make(vae.network, triton_operations())
+            self._fast = make(vae.network, triton_operations(device))
         # Last: had memory run out above, the next pass must choose again.
         self._fast_device = device
         taken = f"plain torch: {why}" if why else "Triton kernels, channels-last"

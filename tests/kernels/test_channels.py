@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from lightforcing.kernels.reference_channels import (
     PackedWeights,
     convolve_channels,
     convolve_to_planes,
+    frames_of_program,
     normalise_channels,
     pack_enlarging,
     pack_in_cells,
@@ -28,8 +30,8 @@ from lightforcing.kernels.reference_channels import (
 from lightforcing.kernels.triton_channels import (
     ConvolutionTile,
     convolution_tile,
-    frames_of_program,
     plan_convolution,
+    takes_hopper_kernel,
 )
 
 # kind, channels in, channels out, taps in depth
@@ -39,6 +41,8 @@ KINDS = [
     ("plain", 6, 5, 2),
     ("plain", 64, 192, 1),
     ("plain", 48, 48, 3),
+    ("plain", 96, 96, 3),  # on Hopper a kernel of its own
+    ("plain", 16, 80, 3),
     ("pairs", 24, 24, 3),
     ("pairs", 8, 5, 2),
     ("cells", 24, 24, 3),
@@ -147,6 +151,18 @@ def test_slices_made_by_one_program_are_those_of_many(
     torch.testing.assert_close(made[1], made[0], rtol=tolerance, atol=tolerance)
 
 
+def test_which_weights_are_for_hoppers_own_kernel() -> None:
+    def taken(pack: Callable[[Tensor], PackedWeights], *sizes: int) -> bool:
+        return takes_hopper_kernel(pack(torch.zeros(*sizes, 3, 3)))
+
+    assert taken(pack_plain, 96, 96, 3) and taken(pack_plain, 96, 16, 3)
+    assert not taken(pack_plain, 64, 64, 3)  # few channels gain nothing
+    assert not taken(pack_plain, 192, 192, 3)  # several tiles
+    assert not taken(pack_plain, 128, 128, 2)
+    assert not taken(pack_in_pairs, 48, 48, 3)
+    assert not taken(pack_enlarging, 1, 96, 96)
+
+
 def test_programs_make_as_many_slices_as_reads_least() -> None:
     counts = {depth: frames_of_program(depth, 3, 4) for depth in (1, 2, 3, 4, 5, 6, 9, 12)}
     assert counts == {1: 1, 2: 2, 3: 3, 4: 4, 5: 3, 6: 3, 9: 3, 12: 4}
@@ -221,7 +237,9 @@ def test_normalisation(
     torch.testing.assert_close(total.double(), sums, **close)
 
 
-@pytest.mark.parametrize(("kind", "channels"), [("plain", 48), ("pairs", 24), ("pairs", 6)])
+@pytest.mark.parametrize(
+    ("kind", "channels"), [("plain", 48), ("plain", 96), ("pairs", 24), ("pairs", 6)]
+)
 def test_a_convolution_may_normalise_its_result(
     kind: str, channels: int, device: torch.device, dtype: torch.dtype
 ) -> None:

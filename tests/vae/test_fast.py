@@ -156,7 +156,7 @@ def test_the_cpu_and_other_types_stay_with_plain_torch(caplog: pytest.LogCapture
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@EVERY_KIND
+@pytest.mark.parametrize("make", [wan, lambda: wan(18), lambda: wan(24), taehv])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_gpu(make: object, dtype: torch.dtype) -> None:
     """No further from float32 than plain torch in the same type, but for a little."""
