@@ -14,6 +14,7 @@ import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import comfy.model_management
@@ -87,7 +88,7 @@ class BesideDecoder(ChunkDecoder, Generic[T]):
         # On the CPU, what is handed in is decoded at once.
         super().__init__(vae.new_decoder(), device if beside else torch.device("cpu"))
         if beside:
-            self._stream = _side_stream(device)
+            self._stream, self._pool = _side(device)
         self.is_beside = beside
         self._place = device
         self._show = show
@@ -139,6 +140,7 @@ class BesideDecoder(ChunkDecoder, Generic[T]):
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all videos: memory that was freed on one stream serves no other."""
-    return torch.cuda.Stream(device)
+def _side(device: torch.device) -> tuple[torch.cuda.Stream, ThreadPoolExecutor]:
+    """Stream and thread of all videos: memory that was freed on one stream serves no other, and
+    cuDNN plans anew for each thread, which takes longer than a chunk. Idle between videos."""
+    return torch.cuda.Stream(device), ThreadPoolExecutor(1, "lightforcing-decode")

@@ -30,7 +30,6 @@ from host import (
 decoding = ours("nodes.adapter.decoding")
 memory = ours("nodes.adapter.memory")
 streaming = ours("lightforcing_core.vae.streaming").StreamingDecoder
-beside_core = ours("lightforcing_core.fast.decode").ChunkDecoder
 live = ours("nodes.live")
 
 THREAD = "lightforcing-decode"
@@ -50,24 +49,41 @@ class Event:
         pass
 
 
+class Pool(ThreadPoolExecutor):
+    """Knows what it has not done yet."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        # Not the futures: an error in one holds the tensors of where it was raised.
+        self.handed_in, self.done = 0, []
+
+    def submit(self, *arguments):
+        future = super().submit(*arguments)
+        self.handed_in += 1
+        future.add_done_callback(lambda _: self.done.append(None))
+        return future
+
+    def is_idle(self) -> bool:
+        end = time.monotonic() + 0.5  # it is told of a moment after whoever waited for it
+        while self.handed_in != len(self.done) and time.monotonic() < end:
+            time.sleep(0.01)
+        return 0 < self.handed_in == len(self.done)
+
+
 @pytest.fixture
 def beside(monkeypatch):
-    """Chunks are decoded in another thread, as on a GPU."""
-    create = beside_core.__init__
-
-    def created(self, decoder, device, *, depth=2):
-        create(self, decoder, device, depth=depth)
-        self._stream, self._pool = Stream(), ThreadPoolExecutor(1, thread_name_prefix=THREAD)
-
-    monkeypatch.setattr(beside_core, "__init__", created)
+    """Chunks are decoded in another thread, as on a GPU; the pool of that thread."""
+    pool = Pool(1, THREAD)
+    monkeypatch.setattr(decoding, "_side", lambda device: (Stream(), pool))
     for module in (decoding, ours("nodes.benchmark")):
         monkeypatch.setattr(module, "beside_obstacle", lambda model, vae: None)
-    monkeypatch.setattr(decoding, "_side_stream", lambda device: Stream())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda of: contextlib.nullcontext())
+    yield pool
+    pool.shutdown()
 
 
 @pytest.fixture
@@ -100,10 +116,6 @@ def decoders_alive() -> int:
     return sum(type(thing) is streaming for thing in gc.get_objects())
 
 
-def threads_alive() -> int:
-    return sum(thread.name.startswith(THREAD) for thread in threading.enumerate())
-
-
 def left(name: str) -> list[str]:
     return [p.name.split("_.")[1] for p in sorted((BASE / "output").rglob(f"{name}*.mp4"))]
 
@@ -133,7 +145,7 @@ def test_chunks_decoded_beside_are_the_same_pictures(stream, request, loaded, mo
     start = vae.encode(torch.full((1, 64, 128, 3), 0.4))
     cases = ({}, {"collect_images": False}, {"initial_latent": {"samples": start}}, {"used": model})
     expected = [stream(**case) for case in cases]
-    request.getfixturevalue("beside")
+    beside = request.getfixturevalue("beside")
     modes = set()
     before_decoding(monkeypatch, lambda number: modes.add(torch.is_inference_mode_enabled()))
     for case, (video, images, latents, _) in zip(cases, expected, strict=True):
@@ -145,7 +157,7 @@ def test_chunks_decoded_beside_are_the_same_pictures(stream, request, loaded, mo
             assert torch.equal(got[2]["samples"], latents["samples"])
             assert got[0].get_dimensions() == video.get_dimensions()
     assert [len(images) for _, images, *_ in expected] == [33, 12, 33, 33]
-    assert threads_alive() == 0
+    assert beside.is_idle()
 
 
 def test_a_chunk_is_sampled_while_the_one_before_is_decoded(
@@ -222,7 +234,7 @@ def test_a_chunk_that_cannot_be_decoded_or_written_ends_the_run(
     assert [data["index"] for event, data, _ in told if event == live.CHUNK] == [0]
     assert asked == [0, 1] and 8 <= len(steps) <= 16  # of 17 chunks with four steps
     assert left(f"failed_{what}") == ["interrupted.mp4"] and frames_in(f"failed_{what}") == 9
-    assert threads_alive() == 0 and caches_alive() == 0
+    assert beside.is_idle() and caches_alive() == 0
 
 
 @pytest.mark.parametrize("what", ["interrupt", "error"])
@@ -250,7 +262,7 @@ def test_a_run_that_ends_early_keeps_the_chunks_that_are_being_decoded(
             stream(filename_prefix=f"ended_{what}")
         raised.value.__traceback__ = None
         del raised
-        assert decoders_alive() == before and threads_alive() == 0
+        assert decoders_alive() == before and beside.is_idle()
     finally:
         gc.enable()
     assert left(f"ended_{what}") == ["interrupted.mp4"] and frames_in(f"ended_{what}") == 9
@@ -264,7 +276,7 @@ def test_a_finished_run_leaves_no_decoder(stream, beside, loaded) -> None:
     try:
         stream()
         run_node("Benchmark", model=model, vae=vae, videos=1, **SIZE)
-        assert decoders_alive() == before and threads_alive() == 0
+        assert decoders_alive() == before and beside.is_idle()
     finally:
         gc.enable()
 
@@ -279,7 +291,7 @@ def test_an_interrupt_is_heeded_while_the_last_chunks_are_decoded(
     before_decoding(monkeypatch, stop)
     with pytest.raises(Interrupted):
         stream(filename_prefix="late")
-    assert left("late") == ["interrupted.mp4"] and threads_alive() == 0
+    assert left("late") == ["interrupted.mp4"] and beside.is_idle()
     comfy.model_management.interrupt_current_processing(False)
 
 
