@@ -52,6 +52,7 @@ class ChunkDecoder:
         if device.type == "cuda":
             self._stream = decoder.side_stream(device)
             self._pool = decoder.side_thread()
+            decoder.record()
 
     def __enter__(self) -> ChunkDecoder:
         return self

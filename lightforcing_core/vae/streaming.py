@@ -22,6 +22,7 @@ from .channel_operations import fast_obstacle, triton_operations
 from .fast_taehv import FastTAEHVDecoder
 from .fast_wan import FastWanDecoder
 from .latent_stats import LATENT_CHANNELS, denormalise_latents, normalise_latents
+from .recording import RecordedPasses
 from .taehv import FRAMES_TO_TRIM, TAEHV, TAEHVDecoderState, TAEHVEncoderState
 from .wan_vae import WanVAE, WanVAEState
 
@@ -115,10 +116,6 @@ def _out_of_memory(what: str, latents: int) -> UserError:
     )
 
 
-def _state_bytes(tensors: tuple[Tensor, ...]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 class StreamingDecoder:
     """Decodes the latent frames of one video as they come. Memory does not grow with its length.
 
@@ -147,6 +144,7 @@ class StreamingDecoder:
         self._use_kernels = use_kernels
         self._fast: FastWanDecoder | FastTAEHVDecoder | None = None
         self._fast_device: torch.device | None = None
+        self._passes: RecordedPasses | None = None
         self._side_stream: torch.cuda.Stream | None = None
         self._side_device: torch.device | None = None
         self._side_thread: ThreadPoolExecutor | None = None
@@ -160,10 +158,8 @@ class StreamingDecoder:
     @property
     def state_bytes(self) -> int:
         """Bytes held between two calls."""
-        if self._state is None:
-            return 0
-        wan = isinstance(self._state, WanVAEState)
-        return _state_bytes(self._state.features if wan else self._state.memories)
+        held = () if self._state is None else self._state.tensors
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def reset(self) -> None:
         """Forget the stream; the next call starts another. What was made ready stays."""
@@ -228,9 +224,7 @@ class StreamingDecoder:
     def _check_same_stream(self, latents: Tensor) -> None:
         if self._state is None:
             return
-        wan = isinstance(self._state, WanVAEState)
-        # The first cached tensor is at latent resolution in both families.
-        kept = (self._state.features if wan else self._state.memories)[0]
+        kept = self._state.tensors[0]  # at latent resolution in both families
         expected = (kept.shape[0], *kept.shape[-2:])
         got = (latents.shape[0], *latents.shape[-2:])
         if expected != got:
@@ -243,31 +237,52 @@ class StreamingDecoder:
         """Choose how to decode; not before the first pass, because a host may move the weights."""
         if self._fast_device == device:
             return
-        self._fast, vae = None, self._vae
+        self._fast = self._passes = None
+        vae = self._vae
         why = fast_obstacle(device, vae.dtype) if self._use_kernels else "asked for"
         if not why:
             make = FastWanDecoder if isinstance(vae.network, WanVAE) else FastTAEHVDecoder
             self._fast = make(vae.network, triton_operations(device))
+            make_state = WanVAEState if isinstance(vae.network, WanVAE) else TAEHVDecoderState
+            self._passes = RecordedPasses(self._run_fast, make_state, vae.network.parameters)
         # Last: had memory run out above, the next pass must choose again.
         self._fast_device = device
         taken = f"plain torch: {why}" if why else "Triton kernels, channels-last"
         log.info("decoding with %s", taken)
 
+    def record(self) -> None:
+        """Before the first chunk of another video: record what the last one ran as CUDA graphs,
+        where it ran beside other work. Nobody may wait for the whole device meanwhile, which would
+        end a recording; hence not while a video is made."""
+        if self._passes is None or self._state is not None or self._side_stream is None:
+            return
+        # On its thread: cuDNN's plans are there.
+        self.side_thread().submit(self._passes.record, self._side_stream).result()
+
+    def _run_fast(
+        self, latents: Tensor, state: WanVAEState | TAEHVDecoderState | None
+    ) -> tuple[Tensor, WanVAEState | TAEHVDecoderState]:
+        assert self._fast is not None
+        is_wan = isinstance(self._vae.network, WanVAE)
+        return self._fast.decode(latents if is_wan else latents.transpose(1, 2), state)
+
     def _decode_pass(self, latents: Tensor) -> Tensor:
         self._prepare(latents.device)
         at_start = self._state is None
-        if isinstance(self._vae.network, WanVAE):
-            if self._fast is not None:
-                frames, self._state = self._fast.decode(latents, self._state)
-                return frames
-            pixels, self._state = self._vae.network.decode(latents, self._state)
-            return _unit_range(pixels.transpose(1, 2).float() * 0.5 + 0.5)
-        if self._vae.latents == "denormalised":
+        network = self._vae.network
+        is_wan = isinstance(network, WanVAE)
+        if self._vae.latents == "denormalised" and not is_wan:
             latents = denormalise_latents(latents)
-        decode = self._vae.network.decode if self._fast is None else self._fast.decode
-        frames, self._state = decode(latents.transpose(1, 2), self._state)
-        frames = frames[:, FRAMES_TO_TRIM if at_start else 0 :]
-        return _unit_range(frames.float()) if self._fast is None else frames
+        if self._passes is not None:
+            frames, self._state = self._passes(latents, self._state)
+        elif is_wan:
+            pixels, self._state = network.decode(latents, self._state)
+            return _unit_range(pixels.transpose(1, 2).float() * 0.5 + 0.5)
+        else:
+            frames, self._state = network.decode(latents.transpose(1, 2), self._state)
+        if not is_wan:
+            frames = frames[:, FRAMES_TO_TRIM if at_start else 0 :]
+        return frames if self._passes is not None else _unit_range(frames.float())
 
 
 class StreamingEncoder:

@@ -112,6 +112,11 @@ class TAEHVDecoderState:
     memories: tuple[Tensor, ...]
     latents_seen: int
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All there is to remember."""
+        return self.memories
+
 
 @dataclass(frozen=True)
 class TAEHVEncoderState:

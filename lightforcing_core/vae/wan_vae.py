@@ -116,6 +116,11 @@ class WanVAEState:
     features: tuple[Tensor, ...]
     latents_seen: int
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All there is to remember."""
+        return self.features
+
 
 def _middle(channels: int) -> nn.ModuleList:
     return nn.ModuleList(
