@@ -24,6 +24,7 @@ from .reference_channels import PackedWeights, frames_of_program
 
 _MOST_WINDOWS = 256  # of a program
 _MOST = 2**31 - 1
+_HAS_PAIRS_KERNEL = triton.__version__.startswith("3.6.")  # see `gluon_pairs`
 _LENGTHS = [
     "windows",
     "depth",
@@ -375,10 +376,14 @@ def convolution_tile(
 
 
 def takes_hopper_kernel(weights: PackedWeights) -> bool:
-    """Whether weights are for `gluon_channels`: causal, a window a position, more channels than 64,
-    all results in one tile. Fewer channels gain nothing there."""
-    is_plain = not weights.is_phased and weights.cell == (1, 1) and weights.depth_taps == 3
-    return is_plain and weights.results <= weights.block_n == 128
+    """Whether causal weights are for `gluon_channels`: a window a position, more channels than 64,
+    all results in one tile; or for `gluon_pairs`: in pairs, whose numbers are whole sixteens."""
+    if weights.is_phased or weights.depth_taps != 3 or weights.results > weights.block_n:
+        return False
+    if weights.cell == (1, 2):
+        is_whole = 2 * weights.channels % 16 == 0 and weights.run % weights.block_k == 0
+        return _HAS_PAIRS_KERNEL and is_whole and weights.block_n == 64
+    return weights.cell == (1, 1) and weights.block_n == 128
 
 
 def plan_convolution(
@@ -415,9 +420,12 @@ def plan_convolution(
         is_bare = not (is_sum or is_large or to_planes) and x.element_size() == 2
         if capability == 90 and is_bare and takes_hopper_kernel(weights):
             # Late: others need no Gluon.
-            from .gluon_channels import plan_gluon_convolution
+            if weights.cell == (1, 2):
+                from .gluon_pairs import plan_gluon_pairs as plan
+            else:
+                from .gluon_channels import plan_gluon_convolution as plan
 
-            return plan_gluon_convolution(
+            return plan(
                 x,
                 weights,
                 bias,

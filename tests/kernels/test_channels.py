@@ -43,7 +43,8 @@ KINDS = [
     ("plain", 48, 48, 3),
     ("plain", 96, 96, 3),  # on Hopper a kernel of its own
     ("plain", 16, 80, 3),
-    ("pairs", 24, 24, 3),
+    ("pairs", 24, 24, 3),  # here too
+    ("pairs", 32, 32, 3),
     ("pairs", 8, 5, 2),
     ("cells", 24, 24, 3),
     ("cells", 32, 3, 1),
@@ -151,7 +152,8 @@ def test_slices_made_by_one_program_are_those_of_many(
     torch.testing.assert_close(made[1], made[0], rtol=tolerance, atol=tolerance)
 
 
-def test_which_weights_are_for_hoppers_own_kernel() -> None:
+def test_which_weights_are_for_hoppers_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_channels, "_HAS_PAIRS_KERNEL", True)
     def taken(pack: Callable[[Tensor], PackedWeights], *sizes: int) -> bool:
         return takes_hopper_kernel(pack(torch.zeros(*sizes, 3, 3)))
 
@@ -159,6 +161,9 @@ def test_which_weights_are_for_hoppers_own_kernel() -> None:
     assert not taken(pack_plain, 64, 64, 3)  # few channels gain nothing
     assert not taken(pack_plain, 192, 192, 3)  # several tiles
     assert not taken(pack_plain, 128, 128, 2)
+    assert taken(pack_in_pairs, 24, 24, 3) and taken(pack_in_pairs, 32, 32, 3)
+    assert not taken(pack_in_pairs, 5, 8, 3)  # a narrower tile
+    assert not taken(pack_in_pairs, 24, 20, 3)  # no whole sixteens
     assert not taken(pack_in_pairs, 48, 48, 3)
     assert not taken(pack_enlarging, 1, 96, 96)
 
