@@ -55,15 +55,22 @@ class EightBitLinear(nn.Module):
         A layer that is in such numbers already gives them as they are.
         """
         super().__init__()
-        parts = [_in_eight_bits(linear, numbers) for linear in linears]
-        biases = [bias for *_, bias in parts if bias is not None]
-        # Not every type of eight bits can be joined.
-        weight = torch.cat([weight.view(torch.uint8) for weight, *_ in parts]).view(numbers)
-        scale = torch.cat([scale for _, scale, _ in parts], dim=1)
-        bias = torch.cat(biases) if len(biases) == len(parts) else None
+        if not any(_is_in(x, numbers) for x in linears):
+            weight, scale = _rounded(_joined([_weight(x) for x in linears]), numbers)
+        else:
+            parts = [
+                (x.weight, x.scale) if _is_in(x, numbers) else _rounded(_weight(x), numbers)
+                for x in linears
+            ]
+            # Not every type of eight bits can be joined.
+            weight = _joined([part.view(torch.uint8) for part, _ in parts]).view(numbers)
+            scale = _joined([part for _, part in parts], dim=1)
+        biases = [x.bias for x in linears if x.bias is not None]
+        is_whole = len(biases) == len(linears)
+        bias = _joined([x.detach() for x in biases]) if is_whole else None
         first = linears[0]
         dtype = first.dtype if isinstance(first, EightBitLinear) else first.weight.dtype
-        self._hold(weight, scale, bias, dtype)
+        self._hold(weight, scale, bias if bias is None else bias.to(dtype), dtype)
 
     @classmethod
     def of(
@@ -153,24 +160,28 @@ class EightBitLinear(nn.Module):
         return product, scaling
 
 
-def _in_eight_bits(
-    linear: nn.Linear | EightBitLinear, numbers: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weight, scale [1, out] and bias."""
-    if isinstance(linear, EightBitLinear) and linear.numbers == numbers:
-        return linear.weight, linear.scale, linear.bias
+def _joined(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _is_in(linear: nn.Linear | EightBitLinear, numbers: torch.dtype) -> bool:
+    return isinstance(linear, EightBitLinear) and linear.numbers == numbers
+
+
+def _weight(linear: nn.Linear | EightBitLinear) -> Tensor:
     if isinstance(linear, EightBitLinear):
-        weight = (linear.weight.float() * linear.scale.t()).to(linear.dtype)
-        bias = linear.bias
-    else:
-        weight = linear.weight.detach()
-        bias = None if linear.bias is None else linear.bias.detach().to(weight.dtype)
+        return (linear.weight.float() * linear.scale.t()).to(linear.dtype)
+    return linear.weight.detach()
+
+
+def _rounded(weight: Tensor, numbers: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and scale [1, out]."""
     # By the kernel where there is one: by the twin a model takes 60 ms on an H200, and a host that
     # lends its weights has them rounded for every video.
     is_quick = weight.device.type == "cuda" and weight.shape[1] <= _MOST_COLUMNS
     rounds = fused_operations(weight.device).round_rows if is_quick else round_rows
     rounded, scale = rounds(weight, numbers)
-    return rounded, scale.t().contiguous(), bias
+    return rounded, scale.t().contiguous()
 
 
 def _int8_product(a: Tensor, weight: Tensor) -> Tensor:

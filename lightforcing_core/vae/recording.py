@@ -16,6 +16,8 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ..graphs import graphs_obstacle
+
 log = logging.getLogger("lightforcing")
 
 _MOST_RECORDINGS = 4
@@ -116,6 +118,9 @@ class RecordedPasses(Generic[State]):
         if is_other or self._addresses != self._now():
             self.forget()
         missing = [kind for kind in wanted if kind not in self._recordings]
+        if missing and (obstacle := graphs_obstacle(stream.device)):
+            log.info("decoding is not recorded: %s", obstacle)
+            return
         if not missing or not self._has_room(stream.device):
             return
         self._addresses = self._now()

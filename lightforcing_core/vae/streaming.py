@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -242,9 +242,15 @@ class StreamingDecoder:
         why = fast_obstacle(device, vae.dtype) if self._use_kernels else "asked for"
         if not why:
             make = FastWanDecoder if isinstance(vae.network, WanVAE) else FastTAEHVDecoder
-            self._fast = make(vae.network, triton_operations(device))
+            self._fast = fast = make(vae.network, triton_operations(device))
+            is_wan = isinstance(vae.network, WanVAE)
+
+            # Not a method: what recordings name would stay until Python looks for cycles.
+            def run(latents: Tensor, state: Any) -> tuple[Tensor, Any]:
+                return fast.decode(latents if is_wan else latents.transpose(1, 2), state)
+
             make_state = WanVAEState if isinstance(vae.network, WanVAE) else TAEHVDecoderState
-            self._passes = RecordedPasses(self._run_fast, make_state, vae.network.parameters)
+            self._passes = RecordedPasses(run, make_state, vae.network.parameters)
         # Last: had memory run out above, the next pass must choose again.
         self._fast_device = device
         taken = f"plain torch: {why}" if why else "Triton kernels, channels-last"
@@ -258,13 +264,6 @@ class StreamingDecoder:
             return
         # On its thread: cuDNN's plans are there.
         self.side_thread().submit(self._passes.record, self._side_stream).result()
-
-    def _run_fast(
-        self, latents: Tensor, state: WanVAEState | TAEHVDecoderState | None
-    ) -> tuple[Tensor, WanVAEState | TAEHVDecoderState]:
-        assert self._fast is not None
-        is_wan = isinstance(self._vae.network, WanVAE)
-        return self._fast.decode(latents if is_wan else latents.transpose(1, 2), state)
 
     def _decode_pass(self, latents: Tensor) -> Tensor:
         self._prepare(latents.device)

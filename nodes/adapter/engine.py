@@ -30,6 +30,7 @@ from ...lightforcing_core.fast.linears import (
 )
 from ...lightforcing_core.fast.operations import fused_obstacles
 from ...lightforcing_core.fast.stack import blocks_obstacle
+from ...lightforcing_core.graphs import graphs_obstacle
 from ...lightforcing_core.memory import GIB
 from ...lightforcing_core.presets import eight_bit_obstacles
 from ...lightforcing_core.wan.forward import (
@@ -92,6 +93,7 @@ class HostedEngine(ForwardEngine):
         ]
         self._addresses = self._find_addresses()
         self._tally = tally or ForwardTally("fast")
+        self._tally.reason = graphs_obstacle(tree.patch_embedding.weight.device)
         self._is_plain = self._is_recording = False
 
     def __call__(

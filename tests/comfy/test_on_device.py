@@ -37,14 +37,16 @@ def test_chunks_are_decoded_in_line_on_the_cpu() -> None:
 def test_chunks_are_decoded_beside_sampling(allocator: str) -> None:
     """With torch's allocator and with the one that ComfyUI takes where it can.
 
-    The same frames as in line, while forwards are recorded and replayed and weights are moved to
-    and fro; shown before what is behind the chunk on the sampling stream is done; nothing is left.
+    The same frames as in line, while forwards are replayed where they can be and weights are moved
+    to and fro; shown before what is behind the chunk on the sampling stream is done; nothing is
+    left.
     """
     found = found_on("cuda", allocator)
     assert found["allocator"] == allocator
     for name, case in found["cases"].items():
         assert case["frames"] == 69 and case["equal"] and case["equal_when_moved"], name
-        assert case["recorded"] == 3, name
+        # Triton launches nothing with what that allocator gives while a graph is recorded.
+        assert case["recorded"] == (3 if allocator == "native" else 0), name
         assert case["equal_when_busy"], name
         # Of six chunks. The other allocator may give a stream what another one has not yet freed,
         # and have it wait.

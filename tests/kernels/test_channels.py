@@ -154,6 +154,7 @@ def test_slices_made_by_one_program_are_those_of_many(
 
 def test_which_weights_are_for_hoppers_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_channels, "_HAS_PAIRS_KERNEL", True)
+
     def taken(pack: Callable[[Tensor], PackedWeights], *sizes: int) -> bool:
         return takes_hopper_kernel(pack(torch.zeros(*sizes, 3, 3)))
 

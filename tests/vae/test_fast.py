@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -49,6 +51,20 @@ def with_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The streaming decoder believes in a GPU and gets the kernels' twins."""
     monkeypatch.setattr(streaming_module, "fast_obstacle", lambda device, dtype: "")
     monkeypatch.setattr(streaming_module, "triton_operations", torch_operations)
+
+
+def test_a_decoders_memory_goes_with_it_at_once(with_twins: None) -> None:
+    """Not when Python next looks for cycles: on a GPU that can be many videos later."""
+    decoder = taehv().new_decoder()
+    decoder.decode(torch.randn(1, 16, 3, 3, 5))
+    gone = weakref.ref(decoder)
+    gc.collect()
+    gc.disable()
+    try:
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @EVERY_KIND

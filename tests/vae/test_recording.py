@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightforcing.lightforcing_core.fast.decode import ChunkDecoder
+from lightforcing.lightforcing_core.graphs import graphs_obstacle
 from lightforcing.lightforcing_core.vae import TAEHV, TAEHVConfig, VideoVAE, WanVAE, WanVAEConfig
 from lightforcing.lightforcing_core.vae.recording import RecordedPasses
 from lightforcing.lightforcing_core.vae.wan_vae import WanVAEState
@@ -178,3 +179,25 @@ def test_on_a_gpu_the_frames_are_the_same(kind: str) -> None:
         assert decoder._passes.num_recordings == recordings
         for ours, theirs in zip(made, expected, strict=True):
             assert (ours.frames == theirs).all()
+
+
+def test_nothing_is_recorded_where_graphs_cannot_be(
+    passes: Passes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = "lightforcing.lightforcing_core.vae.recording.graphs_obstacle"
+    monkeypatch.setattr(target, lambda device: "another allocator")
+    passes(torch.randn(1, 16, 2, 3, 5), None)
+    with caplog.at_level(logging.INFO, logger="lightforcing"):
+        passes.record(STREAM)
+    assert passes.num_recordings == 0
+    assert caplog.messages == ["decoding is not recorded: another allocator"]
+
+
+def test_the_allocator_decides_whether_graphs_can_be_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for backend, obstacle in (("native", ""), ("cudaMallocAsync", "--disable-cuda-malloc")):
+        monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda backend=backend: backend)
+        assert obstacle in graphs_obstacle(torch.device("cuda"))
+        assert bool(graphs_obstacle(torch.device("cuda"))) == bool(obstacle)
+        assert graphs_obstacle(torch.device("cpu")) == ""
