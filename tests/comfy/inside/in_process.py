@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
 import weakref
 from unittest.mock import MagicMock
 
@@ -248,6 +249,21 @@ def test_the_engine_makes_the_same_video(model, prompt, loaded, monkeypatch, req
     for expected, (used, text, own) in zip(plain, cases, strict=True):
         assert 0 < error(sample(used, text, **own), expected) < 1e-4
     assert len(made) == len(cases) and alive(made) == 0 and caches_alive() == 0
+
+
+def test_an_allocator_that_cannot_record_is_named_once(model, monkeypatch, caplog):
+    """ComfyUI takes cudaMallocAsync by itself; Benchmark reports what the tally says."""
+    monkeypatch.setattr(engines, "graphs_obstacle", lambda device: "the other allocator")
+    monkeypatch.setattr(engines, "_told", set())
+    tree = model.model.diffusion_model
+    tallies = [engines.ForwardTally("fast") for _ in range(2)]
+    with caplog.at_level(logging.INFO, logger="lightforcing"):
+        made = [engines.HostedEngine(model, tree, torch.float32, tally=t) for t in tallies]
+    assert [tally.reason for tally in tallies] == ["the other allocator"] * 2
+    assert not any(engine._graphs for engine in made)
+    assert caplog.messages == [
+        "forwards are fused but not recorded, which can be slower: the other allocator"
+    ]
 
 
 @pytest.mark.parametrize("modes", [(True, True), (True, False), (False, True)])
