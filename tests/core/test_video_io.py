@@ -136,10 +136,11 @@ def test_odd_names_are_only_names(
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 import numpy as np
 from lightforcing.lightforcing_core.video_io import VideoWriter
 noise = np.random.default_rng(0).integers(0, 256, (60, 32, 64, 3), dtype=np.uint8)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs behind ignores it
 with VideoWriter(sys.argv[1], 64, 32, 16) as writer:
     writer.write(noise)
     print("written", flush=True)
