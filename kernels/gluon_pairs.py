@@ -111,9 +111,7 @@ def _copy_step(
     for t in gl.static_range(DEPTH_TAPS):
         for aside in gl.static_range(SHIFTS):
             first = (((t * ROWS + tap_row) * SHIFTS + aside) * PARTS + part) * 16
-            _load_tile(
-                weight_tiles[t * SHIFTS + aside].index(stage), weights + first * BLOCK_N
-            )
+            _load_tile(weight_tiles[t * SHIFTS + aside].index(stage), weights + first * BLOCK_N)
 
 
 @gluon.jit(do_not_specialize=_LENGTHS)
