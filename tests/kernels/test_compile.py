@@ -85,9 +85,9 @@ def test_nothing_spills_and_all_fits(tmp_path: Path, triton36: Path) -> None:
 
 
 def test_the_environments_triton_compiles_everything(tmp_path: Path) -> None:
-    """For one of each family of instructions; what is between differs in sizes only."""
-    _, rows = compile_elsewhere(tmp_path, (80, 90, 120))
-    assert {row["arch"] for row in rows} == {80, 90, 120}
+    """For Hopper, which has kernels of its own, and the newest; all six are for 3.6 above."""
+    _, rows = compile_elsewhere(tmp_path, (90, 120))
+    assert {row["arch"] for row in rows} == {90, 120}
     assert [row for row in rows if not row["ok"]] == []
 
 
