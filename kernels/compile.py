@@ -341,7 +341,8 @@ def _row_launches(arch: int) -> Iterator[tuple[str, Callable[[], Launch]]]:
             for name, to in eight_bit_types.items():
                 arguments = columns, kind, to
                 yield f"norm {columns} {kind} to {name}", lambda a=arguments: norm(*a)
-    rounded = ((1536, False), (5120, False), (8960, True), (13824, True))
+    rounded = [(columns, False) for columns in (1536, 5120, 8960, 13824)]  # weights too
+    rounded += [(8960, True), (13824, True)]
     for (columns, gelu), (to_name, to) in itertools.product(rounded, eight_bit_types.items()):
         name = f"rounding {columns}{' gelu' if gelu else ''} to {to_name}"
         yield name, lambda n=columns, g=gelu, t=to: rounding(n, g, t)

@@ -32,10 +32,10 @@ _LENGTHS = ["windows", "depth", "height", "width", "x_slices", "out_slices"]
 
 
 @gluon.jit
-def _place(window, depth, height, width, FRAMES: gl.constexpr):
-    """Batch, first slice, row and column of windows that are counted along the width first."""
-    column = window % width
-    line = window // width
+def place(window, depth, height, period, FRAMES: gl.constexpr):
+    """Batch, first slice, row and column of windows that are counted along a row, period long."""
+    column = window % period
+    line = window // period
     row = line % height
     line = line // height
     groups = (depth + (FRAMES - 1)) // FRAMES
@@ -125,7 +125,7 @@ def convolve_gluon_kernel(
     first_window = gl.program_id(0) * BLOCK_M
     window = first_window + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, x_layout))
     is_window = window < windows
-    batch, index, row, column = _place(window, depth, height, width, FRAMES)
+    batch, index, row, column = place(window, depth, height, width, FRAMES)
     top, left = row - 1, column - 1
     start = (((batch * x_slices + index) * height + top) * width + left) * CHANNELS
 
@@ -179,7 +179,7 @@ def convolve_gluon_kernel(
     window = first_window + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, made_layout))
     n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, made_layout))
     is_made = (window < windows)[:, None] & (n < RESULTS)[None, :]
-    batch, index, row, column = _place(window, depth, height, width, FRAMES)
+    batch, index, row, column = place(window, depth, height, width, FRAMES)
     for f in gl.static_range(FRAMES):
         result = accumulators[f]
         if gain is not None:

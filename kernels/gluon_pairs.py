@@ -22,29 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .gluon_channels import place
 from .launch import Launch
 from .reference_channels import PackedWeights, frames_of_program
 
-_load_tile = getattr(async_copy, "async_copy_global_to_shared", None)
+_load_tile = async_copy.async_copy_global_to_shared
 
 _STAGES = 3
 _BLOCK_M = 64  # what a warpgroup multiplies at a time
 _MOST_FRAMES = 4  # of a program: 128 registers of a thread for their sums
 _LENGTHS = ["windows", "depth", "height", "period", "width"]
 _LENGTHS += ["x_slices", "out_slices"]
-
-
-@gluon.jit
-def _place(window, depth, height, period, FRAMES: gl.constexpr):
-    """Batch, first slice, row and column of windows that are counted along the width first."""
-    column = window % period
-    line = window // period
-    row = line % height
-    line = line // height
-    groups = (depth + (FRAMES - 1)) // FRAMES
-    # The last group makes some slices of the one before again, rather than any beyond the end.
-    index = gl.minimum(line % groups * FRAMES, depth - FRAMES)
-    return line // groups, index, row, column
 
 
 @gluon.jit
@@ -59,7 +47,7 @@ def _starts(line, first_window, windows, depth, period, height, width, x_slices,
             CHANNELS: gl.constexpr, SPAN: gl.constexpr, FRAMES: gl.constexpr):  # fmt: skip
     """Where the numbers before each window's begin, the row above it, and whether there are any."""
     window = _window_of(line, first_window)
-    batch, index, row, column = _place(window, depth, height, period, FRAMES)
+    batch, index, row, column = place(window, depth, height, period, FRAMES)
     top = row - 1
     start = (((batch * x_slices + index) * height + top) * width) * CHANNELS + (column - 1) * SPAN
     # One column in front of every row has nothing; it also ends the row before.
@@ -227,7 +215,7 @@ def convolve_pairs_kernel(
     line = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, made_layout))
     n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, made_layout))
     window = _window_of(line, first_window)
-    batch, index, row, column = _place(window, depth, height, period, FRAMES)
+    batch, index, row, column = place(window, depth, height, period, FRAMES)
     # Pairs begin at odd positions: what they read begins at even ones, which lie aligned.
     column = column * CELL_WIDE - (CELL_WIDE - 1)
     position = column[:, None] + (n // OUT_CHANNELS)[None, :]

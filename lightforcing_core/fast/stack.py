@@ -255,13 +255,15 @@ def _own(blocks: Sequence[nn.Module]) -> _Own:
         nothing = modulation.new_zeros(0)
         return _Own(modulation[:, :, None], nothing, nothing)
     layers = [layer for block in blocks for layer in (block.self_attn.o, block.ffn.second)]
-    none = modulation.new_zeros(modulation.shape[2])
-    biases = [none if x.bias is None else x.bias.to(none) for x in layers]
-    columns, offsets = (
-        torch.stack(numbers).unflatten(0, (-1, 2)).unsqueeze(2)
-        for numbers in ([x.scale[0].to(none) for x in layers], biases)
+    zeros = modulation.new_zeros(modulation.shape[2])
+    columns, biases = (
+        torch.stack(rows).unflatten(0, (-1, 2)).unsqueeze(2)
+        for rows in (
+            [x.scale[0].to(zeros) for x in layers],
+            [zeros if x.bias is None else x.bias.to(zeros) for x in layers],
+        )
     )
-    return _Own(modulation[:, :, None], columns, offsets)
+    return _Own(modulation[:, :, None], columns, biases)
 
 
 def _table(own: _Own, modulation: Tensor) -> _Table:
