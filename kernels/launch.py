@@ -34,7 +34,32 @@ class Launch:
         return self.options | {"enable_fp_fusion": True}
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.compile_options)
+        arguments = self.arguments
+        if not is_interpreted() and torch.cuda.is_current_stream_capturing():
+            arguments = {name: _to_be_recorded(value) for name, value in arguments.items()}
+        self.kernel[self.grid](**arguments, **self.compile_options)
+
+
+class _Address(int):
+    """Where a tensor lies; Triton takes it for one.
+
+    Triton asks the driver about the address of every tensor that it is given, of numbers it does
+    not; and with cudaMallocAsync the driver knows nothing about what is allocated while a graph is
+    recorded until that graph runs.
+    """
+
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return int(self)
+
+
+def _to_be_recorded(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    address = _Address(value.data_ptr())
+    address.dtype = value.dtype
+    return address
 
 
 def strides(name: str, x: Tensor, letters: str) -> dict[str, int]:

@@ -1,19 +1,66 @@
-"""Whether CUDA graphs can be recorded here."""
+"""Recording launches as CUDA graphs, whichever allocator torch has.
+
+With cudaMallocAsync, which ComfyUI takes where it can, what is allocated while a graph is recorded
+belongs to that graph: nothing of it may be kept, so what a recording leaves is made before. And
+torch takes whatever any thread allocates or frees meanwhile for recorded, so threads that use a
+GPU beside one that records take turns with it.
+"""
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 
+_turn = threading.Lock()  # of the process, as the allocator is
 
-def graphs_obstacle(device: torch.device) -> str:
-    """Why a GPU's launches cannot be recorded; empty if they can, or if it is no GPU.
 
-    What is allocated while a graph is recorded exists under cudaMallocAsync only once the graph
-    runs, and Triton refuses to launch with such addresses.
+def beside_recordings(device: torch.device) -> AbstractContextManager[object]:
+    """For a thread that uses a device while another one may record: wait for it, and have it wait.
+
+    Nothing where torch's own allocator is used, which tells them apart.
     """
     if device.type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync":
-        return (
-            "CUDA graphs of Triton kernels cannot be recorded with the allocator cudaMallocAsync; "
-            "in ComfyUI, --disable-cuda-malloc chooses the other one"
-        )
-    return ""
+        return _turn
+    return nullcontext()
+
+
+@contextmanager
+def recording(
+    graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int] | None = None
+) -> Iterator[None]:
+    """Record what is launched within, without running it.
+
+    As `torch.cuda.graph`, which waits for the device and empties torch's cache before each one:
+    that costs a video as much as the recordings. Here the cache is emptied for the first of a pool
+    only.
+
+    Args:
+        pool: of the graphs before, which share their memory; None: the first one.
+
+    Raises:
+        RuntimeError: what was launched cannot be recorded, or there is no memory.
+    """
+    stream = _capture_stream(device)
+    with torch.cuda.device(device), beside_recordings(device):
+        if pool is None:
+            torch.cuda.empty_cache()
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            # Libraries keep a workspace for each stream, which must not be a graph's.
+            torch.mm(*(torch.zeros(16, 16, device=device) for _ in range(2)))
+            # Another thread may allocate meanwhile: a decoder, a host's own work.
+            graph.capture_begin(*([pool] if pool else []), capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: each further one would have its own workspaces for good."""
+    return torch.cuda.Stream(device)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..graphs import beside_recordings
 from ..vae.streaming import StreamingDecoder
 from ..video_io import frames_to_uint8
 
@@ -92,7 +93,11 @@ class ChunkDecoder:
 
     def _decode_beside(self, latents: Tensor, ready: torch.cuda.Event) -> DecodedChunk:
         assert self._stream is not None
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with (
+            beside_recordings(self._device),
+            torch.cuda.device(self._device),
+            torch.cuda.stream(self._stream),
+        ):
             self._stream.wait_event(ready)
             return self._decode(latents)
 

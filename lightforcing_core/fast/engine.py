@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..backends import AttentionBackend
 from ..errors import UserError
-from ..graphs import graphs_obstacle
+from ..graphs import recording
 from ..kv_cache import CacheSpec, KVCache
 from ..schedule import Timeline
 from ..sparse_settings import SparseSettings
@@ -78,8 +78,8 @@ class ForwardEngine:
         """
         Args:
             tree: Wan-shaped module tree, resident on a GPU.
-            graphs: record forwards, dense ones only if they are kept. Where `graphs_obstacle`
-                is in the way, or without a CUDA device, nothing is recorded.
+            graphs: record forwards, dense ones only if they are kept. Without a CUDA device
+                nothing is recorded.
             keep: hold the cache and the recordings from one video to the next; `release` frees
                 them.
             seen: kinds of forwards that engines before this one have run, in the same process for
@@ -92,10 +92,7 @@ class ForwardEngine:
         self._text: TextContext | None = None
         self._text_from: TextContext | None = None
         device = tree.patch_embedding.weight.device
-        obstacle = graphs_obstacle(device)
-        self._graphs = graphs and device.type == "cuda" and not obstacle
-        if graphs and obstacle:
-            log.warning("forwards are fused but not recorded, which can be slower: %s", obstacle)
+        self._graphs = graphs and device.type == "cuda"
         self._blocks = FusedBlocks(fused_operations(device))
         self._seen: set[Hashable] = set() if seen is None else seen
         self._recordings: dict[_Name, _Recording] = {}
@@ -216,19 +213,19 @@ class ForwardEngine:
             return self._forward(x, time, frame_indices, text, attend, positions)
         name = _Name(key, x.shape, x.dtype)
         text = self._held_text(text)
-        recording = self._recordings.get(name)
-        if recording is None:
+        recorded = self._recordings.get(name)
+        if recorded is None:
             self._drop_others(name)
-            recording = self._record(x, time, frame_indices, text, attend, positions)
-            self._recordings[name] = recording
-        recording.x.copy_(x)
-        recording.time.embedded.copy_(time.embedded)
-        recording.time.modulation.copy_(time.modulation)
-        recording.positions.cos.copy_(positions.cos)
-        recording.positions.sin.copy_(positions.sin)
-        recording.graph.replay()
+            recorded = self._record(x, time, frame_indices, text, attend, positions)
+            self._recordings[name] = recorded
+        recorded.x.copy_(x)
+        recorded.time.embedded.copy_(time.embedded)
+        recorded.time.modulation.copy_(time.modulation)
+        recorded.positions.cos.copy_(positions.cos)
+        recorded.positions.sin.copy_(positions.sin)
+        recorded.graph.replay()
         attend.replayed()
-        return recording.velocity.clone()
+        return recorded.velocity.clone()
 
     def _may_record(self, attend: SelfAttend) -> TypeGuard[FastAttention]:
         """Dense chunks have a recording each, which a single video would not earn back."""
@@ -261,12 +258,12 @@ class ForwardEngine:
         )
         x = x.clone()
         time = TimeContext(time.timesteps, time.embedded.clone(), time.modulation.clone())
+        velocity = torch.empty_like(x)
         graph = torch.cuda.CUDAGraph()
         attend.record(True)
         try:
-            # Another thread may allocate meanwhile: a decoder, a host's own work.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                velocity = self._forward(x, time, frame_indices, text, attend, held)
+            with recording(graph, x.device, self._pool):
+                velocity.copy_(self._forward(x, time, frame_indices, text, attend, held))
         finally:
             attend.record(False)
         self._pool = self._pool or graph.pool()

@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..graphs import graphs_obstacle
+from ..graphs import recording
 
 log = logging.getLogger("lightforcing")
 
@@ -72,7 +72,9 @@ class RecordedPasses(Generic[State]):
         self._recordings: dict[_Kind, _Recording] = {}
         self._held: tuple[Tensor, ...] = ()  # the state, where recordings find and leave it
         self._seen: dict[_Kind, None] = {}  # of this video, in order
-        self._like: tuple[Tensor, ...] = ()  # on the meta device
+        # What was made, on the meta device: of each kind, and the state.
+        self._frames_like: dict[_Kind, Tensor] = {}
+        self._like: tuple[Tensor, ...] = ()
 
     @property
     def num_recordings(self) -> int:
@@ -83,21 +85,22 @@ class RecordedPasses(Generic[State]):
         """Frames and the new state, which the next recorded pass writes over."""
         kind = _Kind(latents.shape, latents.dtype, state is None)
         self._seen[kind] = None
-        recording = self._recordings.get(kind)
-        if recording is not None and self._addresses != self._now():
+        recorded = self._recordings.get(kind)
+        if recorded is not None and self._addresses != self._now():
             self.forget()
-            recording = None
-        if recording is None:
+            recorded = None
+        if recorded is None:
             frames, new = self._run(latents, state)
+            self._frames_like[kind] = frames.to("meta")
             if [x.shape for x in self._like] != [x.shape for x in new.tensors]:
                 self._like = tuple(x.to("meta") for x in new.tensors)
             return frames, new
-        frames = torch.empty_like(recording.frames)  # first: without room for it nothing is done
-        recording.latents.copy_(latents)
+        frames = torch.empty_like(recorded.frames)  # first: without room for it nothing is done
+        recorded.latents.copy_(latents)
         if state is not None and state.tensors[0] is not self._held[0]:
             torch._foreach_copy_(list(self._held), list(state.tensors))
-        recording.graph.replay()
-        frames.copy_(recording.frames)
+        recorded.graph.replay()
+        frames.copy_(recorded.frames)
         seen = latents.shape[2] + (state.latents_seen if state else 0)
         return frames, self._make_state(self._held, seen)
 
@@ -118,9 +121,6 @@ class RecordedPasses(Generic[State]):
         if is_other or self._addresses != self._now():
             self.forget()
         missing = [kind for kind in wanted if kind not in self._recordings]
-        if missing and (obstacle := graphs_obstacle(stream.device)):
-            log.info("decoding is not recorded: %s", obstacle)
-            return
         if not missing or not self._has_room(stream.device):
             return
         self._addresses = self._now()
@@ -144,16 +144,13 @@ class RecordedPasses(Generic[State]):
             if not self._held:
                 self._held = tuple(torch.empty_like(x, device=stream.device) for x in self._like)
             latents = torch.zeros(kind.shape, dtype=kind.dtype, device=stream.device)
+            frames = torch.empty_like(self._frames_like[kind], device=stream.device)
         state = None if kind.at_start else self._make_state(self._held, 1)
-        others = list(self._recordings.values())
+        pools = [recorded.graph.pool() for recorded in self._recordings.values()]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph,
-            pool=others[0].graph.pool() if others else None,
-            stream=stream,
-            capture_error_mode="thread_local",
-        ):
-            frames, new = self._run(latents, state)
+        with recording(graph, stream.device, pools[0] if pools else None):
+            made, new = self._run(latents, state)
+            frames.copy_(made)
             torch._foreach_copy_(list(self._held), list(new.tensors))
         self._recordings[kind] = _Recording(graph, latents, frames)
         log.debug("recorded a decoder's pass as a CUDA graph")

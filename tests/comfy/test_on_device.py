@@ -45,8 +45,7 @@ def test_chunks_are_decoded_beside_sampling(allocator: str) -> None:
     assert found["allocator"] == allocator
     for name, case in found["cases"].items():
         assert case["frames"] == 69 and case["equal"] and case["equal_when_moved"], name
-        # Triton launches nothing with what that allocator gives while a graph is recorded.
-        assert case["recorded"] == (3 if allocator == "native" else 0), name
+        assert case["recorded"] == 3, name
         assert case["equal_when_busy"], name
         # Of six chunks. The other allocator may give a stream what another one has not yet freed,
         # and have it wait.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lightforcing.lightforcing_core.fast.decode import ChunkDecoder
-from lightforcing.lightforcing_core.graphs import graphs_obstacle
 from lightforcing.lightforcing_core.vae import TAEHV, TAEHVConfig, VideoVAE, WanVAE, WanVAEConfig
+from lightforcing.lightforcing_core.vae import recording as module
 from lightforcing.lightforcing_core.vae.recording import RecordedPasses
 from lightforcing.lightforcing_core.vae.wan_vae import WanVAEState
 from lightforcing.lightforcing_core.video_io import frames_to_uint8
@@ -49,9 +49,10 @@ class Passes(RecordedPasses[WanVAEState]):
         self.last = latents, state, *self.network.decode(latents, state)
         return self.last[2:]
 
-    def again(self, latents: Tensor, state: WanVAEState | None, frames: Tensor) -> None:
+    def again(self, latents: Tensor, state: WanVAEState | None) -> None:
         made, new = self.network.decode(latents, state)
-        frames.copy_(made)
+        (kept,) = [one for one in self._recordings.values() if one.latents is latents]
+        kept.frames.copy_(made)
         torch._foreach_copy_(list(self._held), list(new.tensors))
 
 
@@ -60,13 +61,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     made = Passes(WanVAE(WanVAEConfig.from_dim(6)).eval().requires_grad_(False))
 
     @contextmanager
-    def recorded(graph: Graph, **_: object) -> Iterator[None]:
+    def recording(graph: Graph, *_: object) -> Iterator[None]:
         yield
-        latents, state, frames, _new = made.last
-        graph.again = lambda: made.again(latents, state, frames)
+        latents, state, _frames, _new = made.last
+        graph.again = lambda: made.again(latents, state)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", recorded)
+    monkeypatch.setattr(module, "recording", recording)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 4))
@@ -179,25 +180,3 @@ def test_on_a_gpu_the_frames_are_the_same(kind: str) -> None:
         assert decoder._passes.num_recordings == recordings
         for ours, theirs in zip(made, expected, strict=True):
             assert (ours.frames == theirs).all()
-
-
-def test_nothing_is_recorded_where_graphs_cannot_be(
-    passes: Passes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    target = "lightforcing.lightforcing_core.vae.recording.graphs_obstacle"
-    monkeypatch.setattr(target, lambda device: "another allocator")
-    passes(torch.randn(1, 16, 2, 3, 5), None)
-    with caplog.at_level(logging.INFO, logger="lightforcing"):
-        passes.record(STREAM)
-    assert passes.num_recordings == 0
-    assert caplog.messages == ["decoding is not recorded: another allocator"]
-
-
-def test_the_allocator_decides_whether_graphs_can_be_recorded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for backend, obstacle in (("native", ""), ("cudaMallocAsync", "--disable-cuda-malloc")):
-        monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda backend=backend: backend)
-        assert obstacle in graphs_obstacle(torch.device("cuda"))
-        assert bool(graphs_obstacle(torch.device("cuda"))) == bool(obstacle)
-        assert graphs_obstacle(torch.device("cpu")) == ""
