@@ -35,7 +35,8 @@ class Launch:
 
     def run(self) -> None:
         arguments = self.arguments
-        if not is_interpreted() and torch.cuda.is_current_stream_capturing():
+        is_recorded = not is_interpreted() and torch.cuda.is_current_stream_capturing()
+        if is_recorded and takes_addresses():
             arguments = {name: _to_be_recorded(value) for name, value in arguments.items()}
         self.kernel[self.grid](**arguments, **self.compile_options)
 
@@ -52,6 +53,12 @@ class _Address(int):
 
     def data_ptr(self) -> int:
         return int(self)
+
+
+def takes_addresses() -> bool:
+    """Whether the installed Triton takes an `_Address` for a tensor; before 3.6 for a number."""
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (3, 6)
 
 
 def _to_be_recorded(value: Any) -> Any:

@@ -1,14 +1,16 @@
 """Recording launches as CUDA graphs, whichever allocator torch has.
 
 With cudaMallocAsync, which ComfyUI takes where it can, what is allocated while a graph is recorded
-belongs to that graph: nothing of it may be kept, so what a recording leaves is made before. And
-torch takes whatever any thread allocates or frees meanwhile for recorded, so threads that use a
+belongs to that graph: nothing of it may be kept, so what a recording leaves is made before, and
+Triton must take an address on trust (`kernels.launch`), which old versions do not. And torch takes
+whatever any thread allocates or frees meanwhile for recorded, so threads that use a
 GPU beside one that records take turns with it.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,14 +20,30 @@ import torch
 _turn = threading.Lock()  # of the process, as the allocator is
 
 
+def graphs_obstacle(device: torch.device) -> str:
+    """Why a GPU's launches cannot be recorded; empty if they can, or if it is no GPU."""
+    if not _is_asynchronous(device) or importlib.util.find_spec("triton") is None:
+        return ""
+    from ..kernels.launch import takes_addresses
+
+    if takes_addresses():
+        return ""
+    return (
+        "with the allocator cudaMallocAsync CUDA graphs need Triton 3.6 or newer; in ComfyUI, "
+        "--disable-cuda-malloc chooses the other one"
+    )
+
+
 def beside_recordings(device: torch.device) -> AbstractContextManager[object]:
     """For a thread that uses a device while another one may record: wait for it, and have it wait.
 
     Nothing where torch's own allocator is used, which tells them apart.
     """
-    if device.type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync":
-        return _turn
-    return nullcontext()
+    return _turn if _is_asynchronous(device) else nullcontext()
+
+
+def _is_asynchronous(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync"
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..backends import AttentionBackend
 from ..errors import UserError
-from ..graphs import recording
+from ..graphs import graphs_obstacle, recording
 from ..kv_cache import CacheSpec, KVCache
 from ..schedule import Timeline
 from ..sparse_settings import SparseSettings
@@ -78,8 +78,8 @@ class ForwardEngine:
         """
         Args:
             tree: Wan-shaped module tree, resident on a GPU.
-            graphs: record forwards, dense ones only if they are kept. Without a CUDA device
-                nothing is recorded.
+            graphs: record forwards, dense ones only if they are kept. Where `graphs_obstacle`
+                is in the way, or without a CUDA device, nothing is recorded.
             keep: hold the cache and the recordings from one video to the next; `release` frees
                 them.
             seen: kinds of forwards that engines before this one have run, in the same process for
@@ -92,7 +92,10 @@ class ForwardEngine:
         self._text: TextContext | None = None
         self._text_from: TextContext | None = None
         device = tree.patch_embedding.weight.device
-        self._graphs = graphs and device.type == "cuda"
+        obstacle = graphs_obstacle(device)
+        self._graphs = graphs and device.type == "cuda" and not obstacle
+        if graphs and obstacle:
+            log.warning("forwards are fused but not recorded, which can be slower: %s", obstacle)
         self._blocks = FusedBlocks(fused_operations(device))
         self._seen: set[Hashable] = set() if seen is None else seen
         self._recordings: dict[_Name, _Recording] = {}

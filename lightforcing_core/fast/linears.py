@@ -48,14 +48,22 @@ class EightBitLinear(nn.Module):
     """
 
     def __init__(
-        self, *linears: nn.Linear | EightBitLinear, numbers: torch.dtype = torch.float8_e4m3fn
+        self,
+        *linears: nn.Linear | EightBitLinear,
+        numbers: torch.dtype = torch.float8_e4m3fn,
+        rounded: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Several layers of the same input are one, with their outputs side by side.
 
         A layer that is in such numbers already gives them as they are.
+
+        Args:
+            rounded: weight [out, in] and scale [1, out] where they have been made; None: make them.
         """
         super().__init__()
-        if not any(_is_in(x, numbers) for x in linears):
+        if rounded is not None:
+            weight, scale = rounded
+        elif not any(_is_in(x, numbers) for x in linears):
             weight, scale = _rounded(_joined([_weight(x) for x in linears]), numbers)
         else:
             parts = [
@@ -92,12 +100,20 @@ class EightBitLinear(nn.Module):
         linear._hold(weight.detach(), scale, bias, dtype)
         return linear
 
-    def _hold(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def _hold(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        one: Tensor | None = None,
+    ) -> None:
         self.dtype = dtype
         self.register_buffer("weight", weight, persistent=False)  # [out, in]
         self.register_buffer("scale", scale, persistent=False)  # [1, out]
         self.register_buffer("bias", bias, persistent=False)
-        one = torch.ones((), dtype=torch.float32, device=weight.device)
+        if one is None:
+            one = torch.ones((), dtype=torch.float32, device=weight.device)
         self.register_buffer("one", one, persistent=False)
 
     @property
@@ -111,7 +127,7 @@ class EightBitLinear(nn.Module):
         part = EightBitLinear.__new__(EightBitLinear)
         nn.Module.__init__(part)
         bias = None if self.bias is None else self.bias[rows]
-        part._hold(self.weight[rows], self.scale[:, rows], bias, self.dtype)
+        part._hold(self.weight[rows], self.scale[:, rows], bias, self.dtype, self.one)
         return part
 
     def forward(self, x: Tensor) -> Tensor:
@@ -313,17 +329,34 @@ def _exchange(block: nn.Module, numbers: torch.dtype) -> None:
     is_eight_bit = isinstance(ffn, EightBitFeedForward)
     if is_eight_bit and ffn.first.numbers == numbers:
         return
-    for attention in (block.self_attn, block.cross_attn):
-        modules = attention._modules
-        if attention is block.self_attn:
-            joined = EightBitLinear(*(modules[linear] for linear in "qkv"), numbers=numbers)
-            width = len(joined.weight) // 3
-            modules["qkv"] = joined
-            for i, linear in enumerate("qkv"):
-                modules[linear] = joined.part(i * width, (i + 1) * width)
-        else:
-            modules["q"] = EightBitLinear(modules["q"], numbers=numbers)
-        modules["o"] = EightBitLinear(modules["o"], numbers=numbers)
+    own, cross = block.self_attn._modules, block.cross_attn._modules
     first, second = (ffn.first, ffn.second) if is_eight_bit else (ffn[0], ffn[2])
-    layers: Sequence[EightBitLinear] = [EightBitLinear(x, numbers=numbers) for x in (first, second)]
-    block._modules["ffn"] = EightBitFeedForward(*layers)
+    singles = ([x] for x in (own["o"], cross["q"], cross["o"], first, second))
+    made = _exchanged([[own["q"], own["k"], own["v"]], *singles], numbers)
+    own["qkv"], own["o"], cross["q"], cross["o"], first, second = made
+    width = len(own["qkv"].weight) // 3
+    for i, name in enumerate("qkv"):
+        own[name] = own["qkv"].part(i * width, (i + 1) * width)
+    block._modules["ffn"] = EightBitFeedForward(first, second)
+
+
+def _exchanged(
+    groups: Sequence[Sequence[nn.Linear | EightBitLinear]], numbers: torch.dtype
+) -> list[EightBitLinear]:
+    """Of each group one layer. Weights of one width are rounded in one launch, for a host that
+    lends its weights has them rounded for every video."""
+    by_width: dict[int, list[int]] = {}
+    for place, group in enumerate(groups):
+        if not any(_is_in(x, numbers) for x in group):
+            by_width.setdefault(group[0].weight.shape[1], []).append(place)
+    rounded: dict[int, tuple[Tensor, Tensor]] = {}
+    for places in by_width.values():
+        weights = [[_weight(x) for x in groups[place]] for place in places]
+        sizes = [sum(map(len, group)) for group in weights]
+        whole, scale = _rounded(_joined([x for group in weights for x in group]), numbers)
+        parts = zip(whole.split(sizes), scale.split(sizes, 1), strict=True)
+        rounded |= zip(places, parts, strict=True)
+    return [
+        EightBitLinear(*group, numbers=numbers, rounded=rounded.get(place))
+        for place, group in enumerate(groups)
+    ]

@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..graphs import recording
+from ..graphs import graphs_obstacle, recording
 
 log = logging.getLogger("lightforcing")
 
@@ -121,6 +121,9 @@ class RecordedPasses(Generic[State]):
         if is_other or self._addresses != self._now():
             self.forget()
         missing = [kind for kind in wanted if kind not in self._recordings]
+        if missing and (obstacle := graphs_obstacle(stream.device)):
+            log.info("decoding is not recorded: %s", obstacle)
+            return
         if not missing or not self._has_room(stream.device):
             return
         self._addresses = self._now()

@@ -30,6 +30,7 @@ from ...lightforcing_core.fast.linears import (
 )
 from ...lightforcing_core.fast.operations import fused_obstacles
 from ...lightforcing_core.fast.stack import blocks_obstacle
+from ...lightforcing_core.graphs import graphs_obstacle
 from ...lightforcing_core.memory import GIB
 from ...lightforcing_core.presets import eight_bit_obstacles
 from ...lightforcing_core.wan.forward import (
@@ -82,7 +83,10 @@ class HostedEngine(ForwardEngine):
             seen: as for `ForwardEngine`.
         """
         run_tree = tree if eight_bit is None else with_eight_bit_linears(tree, eight_bit)
-        super().__init__(run_tree, seen=seen)
+        obstacle = graphs_obstacle(tree.patch_embedding.weight.device)
+        if obstacle:
+            _tell_once(f"forwards are fused but not recorded, which can be slower: {obstacle}")
+        super().__init__(run_tree, graphs=not obstacle, seen=seen)
         self._patcher, self._host_tree, self._dtype = patcher, tree, dtype
         self._slots = [
             (module._parameters, name)
@@ -92,6 +96,7 @@ class HostedEngine(ForwardEngine):
         ]
         self._addresses = self._find_addresses()
         self._tally = tally or ForwardTally("fast")
+        self._tally.reason = obstacle
         self._is_plain = self._is_recording = False
 
     def __call__(

@@ -1,0 +1,92 @@
+"""Who takes turns with a recording, and what a recorded launch is given."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from lightforcing.lightforcing_core.graphs import beside_recordings, graphs_obstacle
+
+triton = pytest.importorskip("triton")
+launch = importlib.import_module("lightforcing.kernels.launch")
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "waits"),
+    [
+        (CUDA, "cudaMallocAsync", True),
+        (CUDA, "native", False),
+        (torch.device("cpu"), "cudaMallocAsync", False),
+    ],
+)
+def test_threads_take_turns_where_the_allocator_cannot_tell_them_apart(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, backend: str, waits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    has_entered = threading.Event()
+
+    def other() -> None:
+        with beside_recordings(device):
+            has_entered.set()
+
+    thread = threading.Thread(target=other)
+    with beside_recordings(device):
+        thread.start()
+        assert has_entered.wait(0.2) != waits
+    thread.join(5)
+    assert has_entered.is_set()
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "can"),
+    [
+        ("native", "3.3.1", True),
+        ("cudaMallocAsync", "3.3.1", False),
+        ("cudaMallocAsync", "3.6.0", True),
+        ("cudaMallocAsync", "4.0.0+git", True),
+    ],
+)
+def test_an_old_triton_cannot_record_with_the_other_allocator(
+    monkeypatch: pytest.MonkeyPatch, backend: str, version: str, can: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    monkeypatch.setattr(triton, "__version__", version)
+    assert (graphs_obstacle(CUDA) == "") == can
+    assert can or "--disable-cuda-malloc" in graphs_obstacle(CUDA)
+    assert graphs_obstacle(torch.device("cpu")) == ""
+
+
+class Kernel:
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda **arguments: setattr(self, "given", arguments)
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+@pytest.mark.parametrize("version", ["3.5.1", triton.__version__])
+def test_recorded_launches_are_given_addresses(
+    monkeypatch: pytest.MonkeyPatch, version: str, is_recorded: bool
+) -> None:
+    """What a graph allocates, Triton may not ask the driver about before the graph runs."""
+    monkeypatch.setattr(launch, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_recorded)
+    monkeypatch.setattr(triton, "__version__", version)
+    are_given = is_recorded and version != "3.5.1"
+    x, kernel = torch.zeros(6, dtype=torch.bfloat16)[2:], Kernel()
+    launch.Launch(kernel, (1,), {"x": x, "none": None, "length": 4}, {"num_warps": 4}).run()
+    assert kernel.given["length"] == 4 and kernel.given["none"] is None
+    given = kernel.given["x"]
+    assert isinstance(given, int) == are_given
+    assert given.data_ptr() == x.data_ptr() and given.dtype == torch.bfloat16
+    if are_given:
+        assert given == x.data_ptr()
+        specialise = importlib.import_module("triton._C.libtriton").native_specialize_impl
+        compiler = importlib.import_module("triton.backends.nvidia.compiler").CUDABackend
+        # Compiled for the same types and alignment, or each kernel would be compiled twice.
+        assert specialise(compiler, given, False, True, True) == specialise(
+            compiler, x, False, True, True
+        )
