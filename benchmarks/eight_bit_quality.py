@@ -1,12 +1,13 @@
 """What eight-bit linear layers cost the embedded model: by layer, in its videos, to its judge.
 
-    python benchmarks/eight_bit_quality.py [--device cuda] [--sparse] [--prompts 16] [--seeds 3]
-        [--seconds 80] [--csv FILE]
+    python benchmarks/eight_bit_quality.py [--device cuda] [--sparse] [--prompts 16] [--seeds 8]
+        [--seconds 300] [--csv FILE]
 
 - Layers: products of every large layer with the activations of a real bf16 run, in bf16 and in
   eight bits, against the same in float32: relative L2 error.
 - Forward: the velocity of one forward at each of the four timesteps, from the same noise, against
   bf16's.
+- Forward of 1.3B: the same of a model of that size with random weights, at 832x480; on a GPU only.
 - Videos: held-out prompts, the same noise for every method; PSNR and SSIM against bf16's video, and
   the judge's accuracies (`training/judge.py`) with their spread over seeds. float32 shows how far
   another rounding alone moves a video and a verdict.
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightforcing.lightforcing_core.bench.case import RolloutCase, random_denoiser, random_prompt
 from lightforcing.lightforcing_core.bench.common import device_name, machine_facts, write_csv
 from lightforcing.lightforcing_core.checkpoints.load import load_model
 from lightforcing.lightforcing_core.cli.common import say
@@ -41,6 +43,7 @@ from lightforcing.lightforcing_core.fast.linears import (
     eight_bit_obstacle,
     with_eight_bit_linears,
 )
+from lightforcing.lightforcing_core.layout import FrameSize
 from lightforcing.lightforcing_core.noise import SeededNoise
 from lightforcing.lightforcing_core.rollout import rollout
 from lightforcing.lightforcing_core.rollout_settings import RolloutSettings
@@ -139,25 +142,24 @@ class Bench:
 
     def forwards(self, texts: Sequence[str]) -> list[Row]:
         """Relative error of one forward's velocity, per timestep."""
-        found: dict[str, list[Tensor]] = {}
-        steps = RolloutSettings(3, 3).steps
-        for method in ("bf16", *self.numbers):
-            text, tree = self.text(method, texts), self.trees[method]
-            engine = Listening(tree)
-            for step in steps:
-                settings = RolloutSettings(3, 3, (step,))
-                for _ in rollout(tree, settings, text, self.noise(0, len(texts)), engine=engine):
-                    pass
-            found[method] = engine.velocities
-        return [
-            figure(
-                method,
-                "relative error of a velocity, to bf16",
-                [relative(a, b) for a, b in zip(found[method], found["bf16"], strict=True)],
-                "timesteps",
+        found = {
+            method: velocities(
+                self.trees[method], self.text(method, texts), self.noise(0, len(texts))
             )
-            for method in self.numbers
-        ]
+            for method in ("bf16", *self.numbers)
+        }
+        return errors_of(found, "relative error of a velocity, to bf16")
+
+    def large_forwards(self) -> list[Row]:
+        """As `forwards`, of 1.3B with random weights."""
+        case = RolloutCase(FrameSize(832, 480))
+        tree = random_denoiser(case, self.device)
+        text = random_prompt(case, tree, self.device)
+        found = {"bf16": velocities(tree, text, case.noise(self.device))}
+        for method, numbers in self.numbers.items():
+            rounded = with_eight_bit_linears(tree, numbers)
+            found[method] = velocities(rounded, text, case.noise(self.device))
+        return errors_of(found, "relative error of a velocity, 1.3B at random")
 
     def videos(self, method: str, texts: Sequence[str], seed: int) -> Tensor:
         """uint8 [B, T, 3, H, W]."""
@@ -219,6 +221,29 @@ class Bench:
         return rows
 
 
+def velocities(tree: nn.Module, text: TextContext, noise: SeededNoise) -> list[Tensor]:
+    """Of the first chunk, from the same noise at each timestep."""
+    engine = Listening(tree)
+    for step in RolloutSettings(3, 3).steps:
+        for _ in rollout(tree, RolloutSettings(3, 3, (step,)), text, noise, engine=engine):
+            pass
+    return engine.velocities
+
+
+def errors_of(found: dict[str, list[Tensor]], name: str) -> list[Row]:
+    """Of every method's velocities, to those in bf16."""
+    return [
+        figure(
+            method,
+            name,
+            [relative(a, b) for a, b in zip(made, found["bf16"], strict=True)],
+            "timesteps",
+        )
+        for method, made in found.items()
+        if method != "bf16"
+    ]
+
+
 def relative(got: Tensor, expected: Tensor) -> float:
     """L2 norm of the difference over that of what was expected."""
     difference = got.double() - expected.double()
@@ -244,8 +269,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sparse", action="store_true", help="as in the speed preset")
     parser.add_argument("--prompts", type=int, default=16, help="of each of the two sets")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=80, help="no seed is begun after")
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=300, help="no seed is begun after")
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     begun = time.monotonic()
@@ -253,6 +278,8 @@ def main() -> None:
     bench = Bench(device, SparseSettings() if arguments.sparse else None)
     texts = prompts(held_out_scenes(4, device, several=True))
     rows = bench.layers(texts[0]) + bench.forwards(texts)
+    if device.type == "cuda":
+        rows += bench.large_forwards()
     rows += bench.judged(arguments.prompts, arguments.seeds, begun + arguments.seconds)
     for row in rows:
         points = row.get("points_to_bf16")

@@ -11,16 +11,14 @@ launch (`kernels.reference.project_blocks`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.eight_bit import Scaling
 from ...kernels.grid import BlockGrid
-from ..attention import CachedAttention, dense_attention
+from ..attention import dense_attention
 from ..backends import AttentionBackend
 from ..kv_cache import KVCache
 from ..schedule import Timeline
@@ -28,125 +26,7 @@ from ..sparse import SparseAttention, _Prepared, on_host
 from ..sparse_settings import SparseSettings
 from ..stopwatch import Stopwatch
 from ..wan.forward import PositionTable
-from .operations import fused_operations
-
-
-class GraphKey(NamedTuple):
-    """What two passes have in common that launch the same.
-
-    Attributes:
-        generation: of the addresses; 0 for a dense first chunk.
-        frames: of the chunk.
-        visible_frames: that a dense pass sees; 0 for a sparse one, which is launched alike
-            whatever it sees.
-        chooses: whether the pass chooses blocks.
-        has_own: whether each query block's own block is guaranteed.
-    """
-
-    generation: int
-    frames: int
-    visible_frames: int
-    chooses: bool
-    has_own: bool
-
-
-class _OpenSlots:
-    """Where the open chunk's frames go, on the device; chunks of one length share an address."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._by_length: dict[int, Tensor] = {}
-        self.numbers = torch.zeros(0, dtype=torch.int32, device=device)
-
-    def fill(self, slots: Sequence[int]) -> None:
-        if len(slots) not in self._by_length:
-            empty = torch.zeros(len(slots), dtype=torch.int32, device=self._device)
-            self._by_length[len(slots)] = empty
-        self.numbers = self._by_length[len(slots)]
-        self.numbers.copy_(on_host(slots, self._device), non_blocking=True)
-
-
-class FastDenseAttention(CachedAttention):
-    """`CachedAttention` that takes projections: norm, rotary and cache write are one launch."""
-
-    takes_projections = True
-
-    def __init__(self, cache: KVCache, device: torch.device) -> None:
-        super().__init__(cache, Stopwatch(device))
-        self._is_recorded = False
-        self._open = _OpenSlots(device)
-        self._project = fused_operations(device).project_blocks
-
-    def begin_chunk(self, chunk: int | None) -> None:
-        self._open.fill(self.cache.open_slots)
-
-    def restart(self) -> None:
-        """Another video over the same cache."""
-        self.cache.restart()
-        self._is_recorded = False
-        assert self._watch is not None
-        self._watch.take()
-
-    def project(
-        self,
-        layer: int,
-        x_q: Tensor,
-        x_k: Tensor,
-        x_v: Tensor,
-        module: nn.Module,
-        positions: PositionTable,
-        scaling: Scaling | None = None,
-    ) -> Tensor:
-        """As `FastSparseAttention.project`."""
-        assert self._watch is not None
-        cache, grid = self.cache, BlockGrid(x_q.shape[1], x_q.shape[1])
-        arguments = _arguments(cache, layer, x_q, x_k, x_v, module, positions, self._open.numbers)
-        q, _ = self._project(*arguments, q_grid=grid, kv_grid=cache.spec.grid, scaling=scaling)
-        with nullcontext() if self._is_recorded else self._watch.span("attend"):
-            return dense_attention(q, *cache.visible(layer))
-
-    @property
-    def is_recordable(self) -> bool:
-        """As `FastSparseAttention.is_recordable`."""
-        return True
-
-    def graph_key(self) -> GraphKey:
-        """What the coming pass launches: all passes of a chunk are alike."""
-        return GraphKey(0, len(self.cache.open_slots), self.cache.visible_frames, False, False)
-
-    def record(self, recording: bool) -> None:
-        """Within a recording nothing is timed."""
-        self._is_recorded = recording
-
-    def replayed(self) -> None:
-        """A recorded pass has been launched again."""
-
-
-def _arguments(
-    cache: KVCache,
-    layer: int,
-    x_q: Tensor,
-    x_k: Tensor,
-    x_v: Tensor,
-    module: nn.Module,
-    positions: PositionTable,
-    open_slots: Tensor,
-) -> tuple[Any, ...]:
-    """Of `project_blocks`, its grids apart."""
-    return (
-        x_q,
-        x_k,
-        x_v,
-        module.norm_q.weight,
-        module.norm_k.weight,
-        module.norm_q.eps,
-        positions.cos,
-        positions.sin,
-        cache.keys[layer],
-        cache.values[layer],
-        cache.pooled_keys[layer] if cache.pooled_keys else None,
-        open_slots,
-    )
+from .dense_attention import GraphKey, OpenSlots, projection_arguments
 
 
 class FastSparseAttention(SparseAttention):
@@ -175,7 +55,7 @@ class FastSparseAttention(SparseAttention):
         spec = cache.spec
         self._roles = torch.zeros(spec.capacity_frames, dtype=torch.int32, device=self._device)
         self._limits = torch.zeros(2, dtype=torch.int32, device=self._device)
-        self._open = _OpenSlots(self._device)
+        self._open = OpenSlots(self._device)
         self._own: Tensor | None = None
         self._lists: list[tuple[Tensor, Tensor]] = []  # of each layer, [B, H, query blocks, width]
         self._generation = 0  # of the addresses
@@ -343,7 +223,9 @@ class FastSparseAttention(SparseAttention):
         """
         cache, spec = self.cache, self.cache.spec
         grids = {"q_grid": self._q_grid, "kv_grid": spec.grid, "scaling": scaling}
-        arguments = _arguments(cache, layer, x_q, x_k, x_v, module, positions, self._open.numbers)
+        arguments = projection_arguments(
+            cache, layer, x_q, x_k, x_v, module, positions, self._open.numbers
+        )
         if self._is_dense:
             q, _ = self._backend.project_blocks(*arguments, **grids)
             if not self._is_recorded:

@@ -21,6 +21,9 @@ from ..graphs import beside_recordings
 from ..vae.streaming import StreamingDecoder
 from ..video_io import frames_to_uint8
 
+Side = tuple[torch.cuda.Stream, ThreadPoolExecutor]
+"""A stream, and the one thread that launches on it."""
+
 
 @dataclass(frozen=True)
 class DecodedChunk:
@@ -36,13 +39,21 @@ class ChunkDecoder:
     Errors of decoding are raised where the chunk's frames are taken.
     """
 
-    def __init__(self, decoder: StreamingDecoder, device: torch.device, *, depth: int = 2) -> None:
+    def __init__(
+        self,
+        decoder: StreamingDecoder,
+        device: torch.device,
+        *,
+        depth: int = 2,
+        side: Side | None = None,
+    ) -> None:
         """
         Args:
             decoder: at the start of its video. What it keeps between chunks belongs to its side
                 stream from then on, so all of a video is decoded here.
             device: where its network is.
             depth: chunks that may wait for their decoding.
+            side: on a GPU, where to decode; None: beside other videos of the decoder.
         """
         self._decoder = decoder
         self._device = device
@@ -51,8 +62,7 @@ class ChunkDecoder:
         self._stream: torch.cuda.Stream | None = None
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cuda":
-            self._stream = decoder.side_stream(device)
-            self._pool = decoder.side_thread()
+            self._stream, self._pool = side or (decoder.side_stream(device), decoder.side_thread())
             decoder.record()
 
     def __enter__(self) -> ChunkDecoder:

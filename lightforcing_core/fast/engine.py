@@ -31,7 +31,8 @@ from ..kv_cache import CacheSpec, KVCache
 from ..schedule import Timeline
 from ..sparse_settings import SparseSettings
 from ..wan.forward import PositionTable, SelfAttend, TextContext, TimeContext, wan_forward
-from .attention import FastDenseAttention, FastSparseAttention, GraphKey
+from .attention import FastSparseAttention
+from .dense_attention import FastDenseAttention, GraphKey
 from .linears import EIGHT_BIT_SPEEDS, block_dtype, product_dtype, with_eight_bit_linears
 from .operations import fused_obstacles, fused_operations
 from .stack import FusedBlocks, blocks_obstacle

@@ -23,7 +23,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...lightforcing_core.fast.decode import ChunkDecoder, DecodedChunk
+from ...lightforcing_core.fast.decode import ChunkDecoder, DecodedChunk, Side
 from ...lightforcing_core.video_io import frames_to_uint8
 from .memory import is_dynamic, is_on, weights_in_use
 from .video_vae import StreamingVAE
@@ -86,9 +86,8 @@ class BesideDecoder(ChunkDecoder, Generic[T]):
         """As for `decoding`; beside: whether on a stream of its own."""
         device = vae.video_vae.device
         # On the CPU, what is handed in is decoded at once.
-        super().__init__(vae.new_decoder(), device if beside else torch.device("cpu"))
-        if beside:
-            self._stream, self._pool = _side(device)
+        place, side = (device, _side(device)) if beside else (torch.device("cpu"), None)
+        super().__init__(vae.new_decoder(), place, side=side)
         self.is_beside = beside
         self._place = device
         self._show = show
@@ -140,7 +139,7 @@ class BesideDecoder(ChunkDecoder, Generic[T]):
 
 
 @functools.cache
-def _side(device: torch.device) -> tuple[torch.cuda.Stream, ThreadPoolExecutor]:
+def _side(device: torch.device) -> Side:
     """Stream and thread of all videos: memory that was freed on one stream serves no other, and
     cuDNN plans anew for each thread, which takes longer than a chunk. Idle between videos."""
     return torch.cuda.Stream(device), ThreadPoolExecutor(1, "lightforcing-decode")

@@ -153,7 +153,11 @@ def equal(a: list[Any], b: list[Any]) -> bool:
 
 
 def held() -> int:
-    return torch.cuda.memory_allocated() if IS_CUDA else 0
+    """Bytes on the device, as asked for: blocks may be larger, by what lay free where they are."""
+    if not IS_CUDA:
+        return 0
+    asked = torch.cuda.memory_stats().get("requested_bytes.all.current", 0)
+    return asked or torch.cuda.memory_allocated()
 
 
 def claims(name: str) -> dict[str, Any]:
