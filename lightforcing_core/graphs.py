@@ -48,23 +48,28 @@ def _is_asynchronous(device: torch.device) -> bool:
 
 @contextmanager
 def recording(
-    graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int] | None = None
+    graph: torch.cuda.CUDAGraph,
+    device: torch.device,
+    pool: tuple[int, int] | None = None,
+    *,
+    after_run: bool,
 ) -> Iterator[None]:
     """Record what is launched within, without running it.
 
-    As `torch.cuda.graph`, which waits for the device and empties torch's cache before each one:
-    that costs a video as much as the recordings. Here the cache is emptied for the first of a pool
-    only.
+    `torch.cuda.graph` waits for the device and empties torch's cache before each recording, which
+    costs a video as much as they do. Here that is done where there is something in the cache.
 
     Args:
         pool: of the graphs before, which share their memory; None: the first one.
+        after_run: whether such launches were run since the last recording, and left their memory.
 
     Raises:
         RuntimeError: what was launched cannot be recorded, or there is no memory.
     """
     stream = _capture_stream(device)
     with torch.cuda.device(device), beside_recordings(device):
-        if pool is None:
+        is_first = pool is None and not _is_asynchronous(device)  # others may have left theirs
+        if is_first or after_run:
             torch.cuda.empty_cache()
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):

@@ -101,7 +101,7 @@ class ForwardEngine:
         self._seen: set[Hashable] = set() if seen is None else seen
         self._recordings: dict[_Name, _Recording] = {}
         self._pool: tuple[int, int] | None = None
-        self._is_running = False
+        self._is_running = self._has_run = False
 
     @property
     def num_recordings(self) -> int:
@@ -214,6 +214,7 @@ class ForwardEngine:
         kind = key._replace(generation=min(key.generation, 1)), x.shape, x.dtype
         if kind not in self._seen:
             self._seen.add(kind)
+            self._has_run = True
             return self._forward(x, time, frame_indices, text, attend, positions)
         name = _Name(key, x.shape, x.dtype)
         text = self._held_text(text)
@@ -266,11 +267,11 @@ class ForwardEngine:
         graph = torch.cuda.CUDAGraph()
         attend.record(True)
         try:
-            with recording(graph, x.device, self._pool):
+            with recording(graph, x.device, self._pool, after_run=self._has_run):
                 velocity.copy_(self._forward(x, time, frame_indices, text, attend, held))
         finally:
             attend.record(False)
-        self._pool = self._pool or graph.pool()
+        self._pool, self._has_run = self._pool or graph.pool(), False
         log.debug("recorded a forward as a CUDA graph")
         return _Recording(graph, x, time, held, velocity)
 

@@ -149,9 +149,10 @@ class RecordedPasses(Generic[State]):
             latents = torch.zeros(kind.shape, dtype=kind.dtype, device=stream.device)
             frames = torch.empty_like(self._frames_like[kind], device=stream.device)
         state = None if kind.at_start else self._make_state(self._held, 1)
-        pools = [recorded.graph.pool() for recorded in self._recordings.values()]
+        others = list(self._recordings.values())
+        pool = others[0].graph.pool() if others else None
         graph = torch.cuda.CUDAGraph()
-        with recording(graph, stream.device, pools[0] if pools else None):
+        with recording(graph, stream.device, pool, after_run=not others):
             made, new = self._run(latents, state)
             frames.copy_(made)
             torch._foreach_copy_(list(self._held), list(new.tensors))

@@ -61,7 +61,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     made = Passes(WanVAE(WanVAEConfig.from_dim(6)).eval().requires_grad_(False))
 
     @contextmanager
-    def recording(graph: Graph, *_: object) -> Iterator[None]:
+    def recording(graph: Graph, *_: object, after_run: bool) -> Iterator[None]:
         yield
         latents, state, _frames, _new = made.last
         graph.again = lambda: made.again(latents, state)
