@@ -35,9 +35,8 @@ class Launch:
 
     def run(self) -> None:
         arguments = self.arguments
-        is_recorded = not is_interpreted() and torch.cuda.is_current_stream_capturing()
-        if is_recorded and takes_addresses():
-            arguments = {name: _to_be_recorded(value) for name, value in arguments.items()}
+        if not is_interpreted() and _needs_addresses():
+            arguments = {name: _address(value) for name, value in arguments.items()}
         self.kernel[self.grid](**arguments, **self.compile_options)
 
 
@@ -61,7 +60,15 @@ def takes_addresses() -> bool:
     return (int(major), int(minor)) >= (3, 6)
 
 
-def _to_be_recorded(value: Any) -> Any:
+def _needs_addresses() -> bool:
+    return (
+        torch.cuda.is_current_stream_capturing()
+        and torch.cuda.get_allocator_backend() == "cudaMallocAsync"
+        and takes_addresses()
+    )
+
+
+def _address(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     address = _Address(value.data_ptr())

@@ -68,8 +68,7 @@ def recording(
     """
     stream = _capture_stream(device)
     with torch.cuda.device(device), beside_recordings(device):
-        is_first = pool is None and not _is_asynchronous(device)  # others may have left theirs
-        if is_first or after_run:
+        if pool is None or after_run:  # recordings that were forgotten left theirs too
             torch.cuda.empty_cache()
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):

@@ -67,15 +67,17 @@ class Kernel:
 
 
 @pytest.mark.parametrize("is_recorded", [False, True])
+@pytest.mark.parametrize("backend", ["native", "cudaMallocAsync"])
 @pytest.mark.parametrize("version", ["3.5.1", triton.__version__])
 def test_recorded_launches_are_given_addresses(
-    monkeypatch: pytest.MonkeyPatch, version: str, is_recorded: bool
+    monkeypatch: pytest.MonkeyPatch, version: str, backend: str, is_recorded: bool
 ) -> None:
     """What a graph allocates, Triton may not ask the driver about before the graph runs."""
     monkeypatch.setattr(launch, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_recorded)
     monkeypatch.setattr(triton, "__version__", version)
-    are_given = is_recorded and version != "3.5.1"
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    are_given = is_recorded and version != "3.5.1" and backend == "cudaMallocAsync"
     x, kernel = torch.zeros(6, dtype=torch.bfloat16)[2:], Kernel()
     launch.Launch(kernel, (1,), {"x": x, "none": None, "length": 4}, {"num_warps": 4}).run()
     assert kernel.given["length"] == 4 and kernel.given["none"] is None
