@@ -9,11 +9,12 @@ GPU beside one that records take turns with it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from traceback import clear_frames
 
 import torch
 
@@ -22,7 +23,7 @@ _turn = threading.Lock()  # of the process, as the allocator is
 
 def graphs_obstacle(device: torch.device) -> str:
     """Why a GPU's launches cannot be recorded; empty if they can, or if it is no GPU."""
-    if not _is_asynchronous(device) or importlib.util.find_spec("triton") is None:
+    if not is_asynchronous(device) or importlib.util.find_spec("triton") is None:
         return ""
     from ..kernels.launch import takes_addresses
 
@@ -34,19 +35,20 @@ def graphs_obstacle(device: torch.device) -> str:
     )
 
 
-def beside_recordings(device: torch.device) -> AbstractContextManager[object]:
+def beside_recordings(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """For a thread that uses a device while another one may record: wait for it, and have it wait.
 
-    Nothing where torch's own allocator is used, which tells them apart.
+    Nothing where torch's own allocator is used, which tells such threads apart.
     """
-    return _turn if _is_asynchronous(device) else nullcontext()
+    return _turn if is_asynchronous(device) else contextlib.nullcontext()
 
 
-def _is_asynchronous(device: torch.device) -> bool:
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether torch's allocator is cudaMallocAsync."""
     return device.type == "cuda" and torch.cuda.get_allocator_backend() == "cudaMallocAsync"
 
 
-@contextmanager
+@contextlib.contextmanager
 def recording(
     graph: torch.cuda.CUDAGraph,
     device: torch.device,
@@ -67,19 +69,34 @@ def recording(
         RuntimeError: what was launched cannot be recorded, or there is no memory.
     """
     stream = _capture_stream(device)
-    with torch.cuda.device(device), beside_recordings(device):
+    with torch.cuda.device(device), _turn:
         if pool is None or after_run:  # recordings that were forgotten left theirs too
             torch.cuda.empty_cache()
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             # Libraries keep a workspace for each stream, which must not be a graph's.
             torch.mm(*(torch.zeros(16, 16, device=device) for _ in range(2)))
-            # Another thread may allocate meanwhile: a decoder, a host's own work.
-            graph.capture_begin(*([pool] if pool else []), capture_error_mode="thread_local")
             try:
+                # Another thread may allocate meanwhile: a decoder, a host's own work.
+                graph.capture_begin(*([pool] if pool else []), capture_error_mode="thread_local")
                 yield
-            finally:
                 graph.capture_end()
+            except BaseException as error:
+                # What was allocated within must not outlive it, as it would in a traceback.
+                clear_frames(error.__traceback__)
+                _abandon(graph, device)
+                raise
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+    """End a recording that failed, so that torch's allocator no longer works for it."""
+    with contextlib.suppress(RuntimeError):  # it may have ended
+        graph.capture_end()
+    if is_asynchronous(device):
+        # A recording that CUDA has ended leaves that allocator as if it went on, in which it would
+        # give nothing back for as long as the process lives; this one has no use for the pool.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), (0, 0))
 
 
 @functools.cache

@@ -210,6 +210,7 @@ class ForwardEngine:
         if self._graphs and self._may_record(attend):
             key = attend.graph_key()
         if key is None:
+            self._has_run = True
             return self._forward(x, time, frame_indices, text, attend, positions)
         kind = key._replace(generation=min(key.generation, 1)), x.shape, x.dtype
         if kind not in self._seen:

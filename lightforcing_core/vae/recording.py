@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..graphs import graphs_obstacle, recording
+from ..graphs import is_asynchronous, recording
 
 log = logging.getLogger("lightforcing")
 
@@ -121,8 +121,8 @@ class RecordedPasses(Generic[State]):
         if is_other or self._addresses != self._now():
             self.forget()
         missing = [kind for kind in wanted if kind not in self._recordings]
-        if missing and (obstacle := graphs_obstacle(stream.device)):
-            log.info("decoding is not recorded: %s", obstacle)
+        if missing and is_asynchronous(stream.device):
+            log.info("decoding is not recorded with the allocator cudaMallocAsync")
             return
         if not missing or not self._has_room(stream.device):
             return
@@ -153,8 +153,12 @@ class RecordedPasses(Generic[State]):
         pool = others[0].graph.pool() if others else None
         graph = torch.cuda.CUDAGraph()
         with recording(graph, stream.device, pool, after_run=not others):
-            made, new = self._run(latents, state)
-            frames.copy_(made)
-            torch._foreach_copy_(list(self._held), list(new.tensors))
+            self._run_into(frames, latents, state)
         self._recordings[kind] = _Recording(graph, latents, frames)
         log.debug("recorded a decoder's pass as a CUDA graph")
+
+    def _run_into(self, frames: Tensor, latents: Tensor, state: State | None) -> None:
+        """A pass that leaves nothing of its own, see `graphs`."""
+        made, new = self._run(latents, state)
+        frames.copy_(made)
+        torch._foreach_copy_(list(self._held), list(new.tensors))

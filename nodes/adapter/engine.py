@@ -123,6 +123,7 @@ class HostedEngine(ForwardEngine):
             return wan_forward(self._host_tree, *arguments)
         if self._is_plain:
             self._tally.plain += 1
+            self._has_run = True
             return wan_forward(self._host_tree, *arguments)
         launched = self._tally.fused
         try:

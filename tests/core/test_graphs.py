@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import threading
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from lightforcing.lightforcing_core import graphs
 from lightforcing.lightforcing_core.graphs import beside_recordings, graphs_obstacle
 
 triton = pytest.importorskip("triton")
@@ -59,6 +63,84 @@ def test_an_old_triton_cannot_record_with_the_other_allocator(
     assert (graphs_obstacle(CUDA) == "") == can
     assert can or "--disable-cuda-malloc" in graphs_obstacle(CUDA)
     assert graphs_obstacle(torch.device("cpu")) == ""
+
+
+class Graph:
+    """Ends as told: whole, or ended by CUDA before."""
+
+    def __init__(self, calls: list[str], *, is_lost: bool = False) -> None:
+        self.calls, self.is_lost = calls, is_lost
+
+    def capture_begin(self, *pool: Any, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        self.calls.append(f"begin {pool}")
+
+    def capture_end(self) -> None:
+        self.calls.append("end")
+        if self.is_lost:
+            raise RuntimeError("the recording was lost")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a recording does; the CPU stands in for a device with cudaMallocAsync."""
+    made: list[str] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(graphs, "_capture_stream", lambda device: stream)
+    monkeypatch.setattr(graphs, "is_asynchronous", lambda device: True)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda given: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: made.append("empty"))
+    restore = lambda device, pool: made.append("restore")  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", restore, raising=False)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("pool", "after_run", "empties"),
+    [(None, False, True), ((0, 7), False, False), ((0, 7), True, True)],
+)
+def test_the_cache_is_emptied_where_there_is_something_in_it(
+    calls: list[str], pool: tuple[int, int] | None, after_run: bool, empties: bool
+) -> None:
+    with graphs.recording(Graph(calls), torch.device("cpu"), pool, after_run=after_run):
+        assert graphs._turn.locked()
+        calls.append("run")
+    given = (pool,) if pool else ()
+    assert calls == ["empty"] * empties + [f"begin {given}", "run", "end"]
+    assert not graphs._turn.locked()
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_recording_that_fails_leaves_nothing(calls: list[str], is_lost: bool) -> None:
+    """Neither the lock, nor what it made, nor an allocator that works for it."""
+    left: list[weakref.ref[torch.Tensor]] = []
+
+    def run() -> None:
+        x = torch.zeros(3)
+        left.append(weakref.ref(x))
+        raise RuntimeError("something waits for the device")
+
+    graph = Graph(calls, is_lost=is_lost)
+    with (
+        pytest.raises(RuntimeError, match="something waits") as raised,
+        graphs.recording(graph, torch.device("cpu"), after_run=False),
+    ):
+        run()
+    assert calls[-2:] == ["end", "restore"] and not graphs._turn.locked()
+    assert raised.value.__traceback__ is not None and left[0]() is None
+
+
+def test_a_recording_that_cuda_ended_is_an_error(calls: list[str]) -> None:
+    graph = Graph(calls, is_lost=True)
+    with (
+        pytest.raises(RuntimeError, match="was lost"),
+        graphs.recording(graph, torch.device("cpu"), after_run=False),
+    ):
+        pass
+    assert calls[-1] == "restore" and not graphs._turn.locked()
 
 
 class Kernel:

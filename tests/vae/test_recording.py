@@ -182,13 +182,12 @@ def test_on_a_gpu_the_frames_are_the_same(kind: str) -> None:
             assert (ours.frames == theirs).all()
 
 
-def test_nothing_is_recorded_where_graphs_cannot_be(
+def test_nothing_is_recorded_with_the_other_allocator(
     passes: Passes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    target = "lightforcing.lightforcing_core.vae.recording.graphs_obstacle"
-    monkeypatch.setattr(target, lambda device: "another allocator")
+    monkeypatch.setattr(module, "is_asynchronous", lambda device: True)
     passes(torch.randn(1, 16, 2, 3, 5), None)
     with caplog.at_level(logging.INFO, logger="lightforcing"):
         passes.record(STREAM)
     assert passes.num_recordings == 0
-    assert caplog.messages == ["decoding is not recorded: another allocator"]
+    assert caplog.messages == ["decoding is not recorded with the allocator cudaMallocAsync"]
