@@ -53,7 +53,7 @@ class ChunkDecoder:
                 stream from then on, so all of a video is decoded here.
             device: where its network is.
             depth: chunks that may wait for their decoding.
-            side: on a GPU, where to decode; None: beside other videos of the decoder.
+            side: where to decode; None: on a GPU beside, where the decoder's other videos are.
         """
         self._decoder = decoder
         self._device = device
@@ -61,8 +61,10 @@ class ChunkDecoder:
         self._pending: deque[Future[DecodedChunk]] = deque()
         self._stream: torch.cuda.Stream | None = None
         self._pool: ThreadPoolExecutor | None = None
-        if device.type == "cuda":
-            self._stream, self._pool = side or (decoder.side_stream(device), decoder.side_thread())
+        if side is not None:
+            self._stream, self._pool = side
+        elif device.type == "cuda":
+            self._stream, self._pool = decoder.side_stream(device), decoder.side_thread()
             decoder.record()
 
     def __enter__(self) -> ChunkDecoder:
