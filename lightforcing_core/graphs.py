@@ -3,8 +3,8 @@
 With cudaMallocAsync, which ComfyUI takes where it can, what is allocated while a graph is recorded
 belongs to that graph: nothing of it may be kept, so what a recording leaves is made before, and
 Triton must take an address on trust (`kernels.launch`), which old versions do not. And torch takes
-whatever any thread allocates or frees meanwhile for recorded, so threads that use a
-GPU beside one that records take turns with it.
+whatever any thread allocates or frees meanwhile for recorded, so threads that use a GPU beside one
+that records take turns with it.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def recording(
         with torch.cuda.stream(stream):
             # Libraries keep a workspace for each stream, which must not be a graph's.
             torch.mm(*(torch.zeros(16, 16, device=device) for _ in range(2)))
+            # Another thread may allocate meanwhile: a decoder, a host's own work.
+            graph.capture_begin(*([pool] if pool else []), capture_error_mode="thread_local")
             try:
-                # Another thread may allocate meanwhile: a decoder, a host's own work.
-                graph.capture_begin(*([pool] if pool else []), capture_error_mode="thread_local")
                 yield
                 graph.capture_end()
             except BaseException as error:
@@ -90,11 +90,14 @@ def recording(
 
 def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
     """End a recording that failed, so that torch's allocator no longer works for it."""
-    with contextlib.suppress(RuntimeError):  # it may have ended
+    try:
         graph.capture_end()
-    if is_asynchronous(device):
-        # A recording that CUDA has ended leaves that allocator as if it went on, in which it would
-        # give nothing back for as long as the process lives; this one has no use for the pool.
+    except RuntimeError:  # CUDA has ended it; why is what the caller hears
+        if not is_asynchronous(device):
+            return
+        # That leaves this allocator as if it went on, in which it would give nothing back for as
+        # long as the process lives. It has no use for the pool's number, and refuses where nothing
+        # goes on.
         with contextlib.suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), (0, 0))
 

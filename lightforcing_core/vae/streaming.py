@@ -241,15 +241,15 @@ class StreamingDecoder:
         vae = self._vae
         why = fast_obstacle(device, vae.dtype) if self._use_kernels else "asked for"
         if not why:
-            make = FastWanDecoder if isinstance(vae.network, WanVAE) else FastTAEHVDecoder
-            self._fast = fast = make(vae.network, triton_operations(device))
             is_wan = isinstance(vae.network, WanVAE)
+            make = FastWanDecoder if is_wan else FastTAEHVDecoder
+            self._fast = fast = make(vae.network, triton_operations(device))
 
             # Not a method: what recordings name would stay until Python looks for cycles.
             def run(latents: Tensor, state: Any) -> tuple[Tensor, Any]:
                 return fast.decode(latents if is_wan else latents.transpose(1, 2), state)
 
-            make_state = WanVAEState if isinstance(vae.network, WanVAE) else TAEHVDecoderState
+            make_state = WanVAEState if is_wan else TAEHVDecoderState
             self._passes = RecordedPasses(run, make_state, vae.network.parameters)
         # Last: had memory run out above, the next pass must choose again.
         self._fast_device = device

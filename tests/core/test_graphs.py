@@ -129,8 +129,26 @@ def test_a_recording_that_fails_leaves_nothing(calls: list[str], is_lost: bool) 
         graphs.recording(graph, torch.device("cpu"), after_run=False),
     ):
         run()
-    assert calls[-2:] == ["end", "restore"] and not graphs._turn.locked()
+    assert calls[2:] == (["end", "restore"] if is_lost else ["end"])
+    assert not graphs._turn.locked()
     assert raised.value.__traceback__ is not None and left[0]() is None
+
+
+def test_a_recording_that_cannot_begin_ends_no_other(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With that allocator a process can record one thing at a time."""
+
+    def refuse(self: Graph, *_: Any, **__: Any) -> None:
+        raise RuntimeError("only one at a time")
+
+    monkeypatch.setattr(Graph, "capture_begin", refuse)
+    with (
+        pytest.raises(RuntimeError, match="one at a time"),
+        graphs.recording(Graph(calls), torch.device("cpu"), after_run=False),
+    ):
+        raise AssertionError("nothing runs within")
+    assert calls == ["empty"] and not graphs._turn.locked()
 
 
 def test_a_recording_that_cuda_ended_is_an_error(calls: list[str]) -> None:
