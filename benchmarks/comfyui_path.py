@@ -208,6 +208,8 @@ def main() -> None:
         os.environ[_ALLOCATOR] = "backend:cudaMallocAsync"
         os.execv(sys.executable, [sys.executable, *sys.argv])
     is_gpu = arguments.device.startswith("cuda")
+    if arguments.async_allocator and torch.cuda.get_allocator_backend() != "cudaMallocAsync":
+        raise SystemExit(f"{_ALLOCATOR} names another allocator; unset it")
     device = torch.device(arguments.device, 0) if is_gpu else torch.device(arguments.device)
     case = TINY if arguments.tiny else RolloutCase(FrameSize(832, 480))
     bench = Bench(Comfy(arguments.comfyui, device), case, device)
